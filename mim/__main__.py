@@ -1,0 +1,228 @@
+"""The command line. Nothing heavy is imported before a command runs, so that `mim --help` answers at once.
+
+Exit codes: 0 done, 2 wrong command or configuration, 65 data, 74 storage, 70 internal, 75 stopped and resumable.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mim import __version__
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+@click.group(context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="mimstream")
+def cli() -> None:
+    """Masked image modeling pretraining: shards, tokenizers, BEiT, MAE, probes, exports.
+
+    \b
+    Example, from a folder of photographs to a timm backbone:
+      mim shards make photos/ shards/photos --val-ratio 0.05
+      mim train mae_vittiny_cifar10 data.path=shards/photos data.image_size=64 encoder.patch_size=8
+      mim export timm runs/mae_vittiny_cifar10 exports/photos
+    """
+
+
+@cli.command()
+@click.option("--images", type=click.Path(path_type=Path), help="Your own folder of images instead of the photographs.")
+@click.option(
+    "--out", default="demo", show_default=True, type=click.Path(path_type=Path), help="Folder for everything."
+)
+@click.option("--seed", default=0, show_default=True, help="Of crops, weights and masks.")
+def demo(images: Path | None, out: Path, seed: int) -> None:
+    """Run the whole pipeline on real photographs in a few CPU minutes and print one table.
+
+    \b
+    Examples:
+      mim demo
+      mim demo --images ~/photos --out demo-photos
+    """
+    from mim import demo as demonstration
+
+    demonstration.main(images, out, seed=seed)
+
+
+@cli.group()
+def shards() -> None:
+    """Make and look into WebDataset shards.
+
+    \b
+    Example:
+      mim shards make data/cifar10/train shards/cifar10 --labels-from-folders --val-ratio 0.1
+    """
+
+
+@shards.command("make")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--labels-from-folders", is_flag=True, help="The first folder below FOLDER is the class.")
+@click.option("--val-ratio", default=0.0, show_default=True, help="Share held out in OUT/val; the rest is OUT/train.")
+@click.option("--shard-size", default=1000, show_default=True, help="Images per shard.")
+@click.option("--seed", default=0, show_default=True, help="Of the shuffle and the split.")
+@click.option("--workers", type=int, help="Processes; default: the allowed CPUs.")
+@click.option("--max-left-out", type=int, help="Unreadable images accepted; default: 1 % but at least 10.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def shards_make(folder: Path, out: Path, as_json: bool, **options: Any) -> None:
+    """Write the images below FOLDER (any nesting, labelled or not) as WebDataset shards to OUT.
+
+    Every image is decoded once; one that cannot be read is named, counted and left out.
+
+    \b
+    Examples:
+      mim shards make photos/ shards/photos --val-ratio 0.05
+      mim shards make data/cifar10/train shards/cifar10 --labels-from-folders
+    """
+    from mim import config
+    from mim.data.make import make
+
+    report = make(folder, out, **options)
+    click.echo(json.dumps(config.plain(report), indent=1) if as_json else report.text())
+
+
+@shards.command("inspect")
+@click.argument("dataset", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def shards_inspect(dataset: Path, as_json: bool) -> None:
+    """Show counts, classes, sizes and pixel statistics of a dataset folder.
+
+    \b
+    Example:
+      mim shards inspect shards/cifar10/train
+    """
+    from mim.data.shards import inspect
+
+    found = inspect(dataset)
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+        return
+    for name, value in found.items():
+        click.echo(f"{name:20} {json.dumps(value) if isinstance(value, (dict, list)) else value}")
+
+
+@cli.command()
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--dry-run", is_flag=True, help="Check everything, print the start lines, and stop.")
+def train(recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:
+    """Train RECIPE (a name or a YAML file); the same command resumes after any stop.
+
+    \b
+    Examples:
+      mim train mae_vittiny_cifar10 data.path=shards/cifar10 --dry-run
+      mim train mae_vittiny_cifar10 data.path=shards/cifar10 optim.length='20 epochs'
+      accelerate launch -m mim train mae_vittiny_cifar10 data.path=shards/cifar10
+      torchrun --nproc_per_node 8 -m mim train beit_vittiny_cifar10 tokenizer.path=runs/dvae_cifar10
+    """
+    from mim.train import main as run
+
+    sys.exit(run(recipe, list(overrides), dry_run=dry_run))
+
+
+@cli.command("eval")
+@click.argument("name")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--step", type=int, help="Checkpoint to evaluate; default: the newest valid one.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for pictures; default: RUN/pictures.")
+def evaluate(name: str, run: Path, overrides: tuple[str, ...], step: int | None, out: Path | None) -> None:
+    """Run evaluation NAME on a RUN directory and print what it yields as JSON.
+
+    \b
+    Examples:
+      mim eval knn runs/mae_vittiny_cifar10
+      mim eval ridge runs/mae_vittiny_cifar10 pool=class
+      mim eval reconstruction runs/beit_vittiny_cifar10 num_images=16
+    """
+    import torch
+
+    from mim import build, config
+    from mim.train import record
+
+    module, cfg = config.component("mim.evals", {"name": name, **pairs(overrides)}, "eval")
+    loaded = build.load_run(run, step=step)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    for network in (loaded.objective, *loaded.frozen.values()):
+        network.to(device)
+    with torch.no_grad():
+        numbers, pictures = record(module.run(loaded, cfg), out or run / "pictures", loaded.step)
+    click.echo(json.dumps({"run": str(run), "step": loaded.step, "eval": name, **numbers, **pictures}, indent=1))
+
+
+@cli.command()
+@click.argument("target")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--step", type=int, help="Checkpoint to export; default: the newest valid one.")
+def export(target: str, run: Path, out: Path, overrides: tuple[str, ...], step: int | None) -> None:
+    """Export the backbone of RUN to OUT for TARGET (timm), reload it there and compare.
+
+    \b
+    Example:
+      mim export timm runs/mae_vittiny_cifar10 exports/cifar10
+      python -c "import timm; timm.create_model('local-dir:exports/cifar10', pretrained=True)"
+    """
+    from mim import build, config
+
+    module, cfg = config.component("mim.exports", {"name": target, **pairs(overrides)}, "export")
+    report = module.export(build.load_run(run, step=step), out, cfg)
+    click.echo(json.dumps({**report, "out": str(out)}, indent=1))
+
+
+def pairs(overrides: tuple[str, ...]) -> dict[str, Any]:
+    """`key=value` arguments as a section; values are YAML scalars or lists."""
+    import yaml
+
+    from mim.config import ConfigError
+
+    section = {}
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ConfigError(f"{override!r} is not an option; write key=value, e.g. pool=class")
+        section[key] = yaml.safe_load(value)
+    return section
+
+
+def main() -> None:
+    """Run a command; every error of a user ends in one sentence and an exit code."""
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except click.Abort:
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        from mim.config import ConfigError
+        from mim.contracts import DataError, StorageError
+
+        codes = {ConfigError: 2, DataError: 65, StorageError: 74}
+        code = next((code for kind, code in codes.items() if isinstance(error, kind)), None)
+        if code is None:
+            raise
+        rank = os.environ.get("RANK", "0")
+        text = one_sentence(str(error))
+        click.echo(f"mim: {'' if rank == '0' else f'rank {rank}: '}{text}", err=True)
+        sys.exit(code)
+
+
+def one_sentence(message: str) -> str:
+    """The message itself: a loader process sends its whole traceback along."""
+    if not message.startswith("Caught "):
+        return message
+    return message.strip().splitlines()[-1].partition(": ")[2]
+
+
+if __name__ == "__main__":
+    main()

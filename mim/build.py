@@ -1,0 +1,228 @@
+"""Recipe sections -> encoder, objective, frozen networks, view and mask, with a check that their numbers agree.
+
+The first place that knows all names. Training, evaluations and exports build through here, so a run directory is read
+back by the code that wrote it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import tokenizer as tokenizers
+from mim import checkpoint, config
+from mim.config import ConfigError
+from mim.contracts import Batch, LoadedRun
+from mim.data import make, shards, stream
+from mim.log import say
+
+Sections = dict[str, Any]
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+@dataclass
+class Views:
+    """How a run renders its images."""
+
+    data: stream.Config
+    sizes: list[tuple[int, int]]  # of images, then of tokenizer_images if they differ
+    train: Callable[..., Any]
+    evaluation: Callable[..., Any]
+    mask: Callable[[np.random.Generator], np.ndarray] | None  # bound to the patch grid
+
+
+@dataclass
+class Built:
+    """What one recipe makes."""
+
+    objective: Any  # Objective: what is trained
+    encoder: Any  # Encoder | None
+    frozen: dict[str, Any]  # networks that only write into the batch
+    views: Views
+    sections: Sections  # resolved: complete with defaults, as saved in config.yaml
+
+
+def build(sections: Sections, *, dataset: shards.Dataset | None = None, load_tokenizer: bool = True) -> Built:
+    """Build everything that a recipe names.
+
+    `dataset` supplies the pixel statistics that the recipe leaves open. With `load_tokenizer=False` a frozen tokenizer
+    is built from its own recipe with fresh weights instead of from its run (recipe tests).
+    """
+    try:
+        return _build(sections, dataset, load_tokenizer)
+    except ConfigError:
+        raise
+    except (ValueError, RuntimeError) as error:  # what a component says about its own numbers
+        raise ConfigError(str(error)) from error
+
+
+def _build(sections: Sections, dataset: shards.Dataset | None, load_tokenizer: bool) -> Built:
+    data = config.typed(stream.Config, sections["data"], "data")
+    size = image_size(data)
+    objective_module, objective_cfg = config.component("mim.objectives", sections.get("objective"), "objective")
+    resolved = {**sections, "data": config.plain(data)}
+    resolved["objective"] = {"name": sections["objective"]["name"], **config.plain(objective_cfg)}
+
+    frozen: dict[str, Any] = {}
+    sizes = [size]
+    if sections.get("encoder") is None:  # the objective trains the tokenizer itself
+        module, cfg = config.component("tokenizer", sections.get("tokenizer"), "tokenizer")
+        inner = module.build(cfg)
+        inner.grid(size)
+        resolved["tokenizer"] = {"name": sections["tokenizer"]["name"], **config.plain(cfg)}
+        encoder = None
+    else:
+        module, cfg = config.component("mim.encoders", sections["encoder"], "encoder")
+        mean, std = statistics(data.channels, dataset)
+        cfg.mean, cfg.std = cfg.mean or mean, cfg.std or std
+        inner = encoder = module.build(cfg, image_size=size, channels=data.channels)
+        resolved["encoder"] = {"name": sections["encoder"]["name"], **config.plain(cfg)}
+        if sections.get("tokenizer") is not None:
+            frozen["tokenizer"] = _frozen_tokenizer(sections["tokenizer"], load_tokenizer)
+            if load_tokenizer:  # the checkpoint that was read, so that a later one cannot take its place
+                folder = str(tokenizer_path(sections["tokenizer"]).absolute())
+                resolved["tokenizer"] = {**sections["tokenizer"], "path": folder}
+            sizes.append(_tokenizer_size(sections["tokenizer"], frozen["tokenizer"], encoder.grid(size)))
+    objective = objective_module.build(inner, objective_cfg)
+    _check_agreement(objective, sections, frozen)
+
+    mask = None
+    if sections.get("mask") is not None and encoder is not None:
+        mask = functools.partial(config.bind("mim.masking", sections["mask"], "mask"), encoder.grid(size))
+        mask(np.random.default_rng(0))  # impossible counts are refused here, not in a worker
+    view = config.bind("mim.data.augment", data.view, "data.view")
+    eval_view = config.bind("mim.data.augment", data.eval_view, "data.eval_view")
+    sizes = sizes[:1] if sizes[-1] == sizes[0] else sizes
+    return Built(objective, encoder, frozen, Views(data, sizes, view, eval_view, mask), resolved)
+
+
+def image_size(data: stream.Config) -> tuple[int, int]:
+    """The size (H, W) of `data.image_size`."""
+    size = [data.image_size] * 2 if isinstance(data.image_size, int) else list(data.image_size)
+    if len(size) != 2 or min(size) < 1:
+        raise ConfigError(f"data.image_size={data.image_size!r} must be one number of pixels or [height, width]")
+    return size[0], size[1]
+
+
+def statistics(channels: int, dataset: shards.Dataset | None) -> tuple[list[float], list[float]]:
+    """Pixel mean and std per channel: the dataset's own, else ImageNet's for three channels and 0.5 otherwise."""
+    if dataset is not None and len(dataset.mean) == channels:
+        return list(dataset.mean), list(dataset.std)
+    return (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ([0.5] * channels, [0.5] * channels)
+
+
+def open_data(sections: Sections) -> tuple[shards.Dataset, shards.Dataset | None]:
+    """Open the training and the held-out dataset; an image folder is made into shards once, in the cache."""
+    data = config.typed(stream.Config, sections["data"], "data")
+    cache = Path(sections.get("train", {}).get("cache_dir") or "~/.cache/mimstream").expanduser()
+    root = Path(data.path).expanduser()
+    if not (shards.is_dataset(root) or shards.is_dataset(root / "train")):
+        labels = data.labels_from_folders
+        root = make.cached(root, cache, labels_from_folders=labels, val_ratio=data.val_ratio, seed=data.seed)
+    inside = root / "train" if shards.is_dataset(root / "train") else root
+    held_out = data.val_path or (root / "val" if shards.is_dataset(root / "val") else None)
+    if held_out is None:
+        return shards.Dataset.open(inside), None
+    held_out = Path(held_out).expanduser()
+    if not shards.is_dataset(held_out):
+        held_out = make.cached(
+            held_out, cache, labels_from_folders=data.labels_from_folders, val_ratio=0.0, seed=data.seed
+        )
+    return shards.Dataset.open(inside), shards.Dataset.open(held_out)
+
+
+@torch.no_grad()
+def write_targets(frozen: dict[str, Any], batch: Batch) -> None:
+    """Let the frozen networks write `codes` into a batch that is on the device."""
+    if "tokenizer" in frozen:
+        batch["codes"] = frozen["tokenizer"].encode(batch.get("tokenizer_images", batch["images"]))  # (B, N)
+
+
+def load_run(path: Path | str, *, step: int | None = None, report: Callable[[str], None] = say) -> LoadedRun:
+    """Open a run directory as plain modules in evaluation mode, with averaged weights where the run has them."""
+    run = Path(path)
+    saved = checkpoint.read_config(run)
+    folder = run / "checkpoints" / f"step-{step:08d}" if step is not None else checkpoint.newest(run, report=report)
+    if folder is None or not folder.is_dir():
+        known = ", ".join(str(checkpoint.step_of(f)) for f in checkpoint.list_checkpoints(run)) or "none"
+        raise ConfigError(f"{run} has no checkpoint{'' if step is None else f' of step {step}'}; steps it has: {known}")
+    built = build(saved)
+    model = built.objective
+    state = {f"model.{name}": value for name, value in model.state_dict().items()}
+    if saved["optim"].get("ema") is not None:
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        state |= {f"ema.{name}": torch.empty_like(state[f"model.{name}"]) for name in trained}
+    checkpoint.load_tensors(folder, state)
+    model.load_state_dict(checkpoint.part(state, "model.") | checkpoint.part(state, "ema."))
+    model.eval().requires_grad_(False)
+    return LoadedRun(model, built.encoder, built.frozen, built.views, built.sections, checkpoint.step_of(folder), run)
+
+
+def tokenizer_path(section: dict[str, Any]) -> Path:
+    """The folder that holds a frozen tokenizer's files: the section's path, or the newest checkpoint of that run."""
+    if not section.get("path"):
+        raise ConfigError("tokenizer.path is missing: the run of a trained tokenizer, e.g. tokenizer.path=runs/dvae")
+    path = Path(section["path"]).expanduser()
+    if (path / "tokenizer.json").is_file():
+        return path
+    newest = checkpoint.newest(path) if path.is_dir() else None
+    if newest is None or not (newest / "tokenizer.json").is_file():
+        raise ConfigError(
+            f"tokenizer.path={str(path)!r} holds no trained tokenizer; train one first, e.g. "
+            f"`mim train {section.get('recipe', 'RECIPE')} train.run={path}`"
+        )
+    return newest
+
+
+def _frozen_tokenizer(section: dict[str, Any], load: bool) -> Any:
+    unknown = set(section) - {"recipe", "path", "image_size"}
+    if unknown:
+        raise ConfigError(f"tokenizer.{min(unknown)} is not a known key; known here: recipe, path, image_size")
+    if load:
+        return tokenizers.load(tokenizer_path(section))
+    recipe = config.read(section["recipe"])
+    module, cfg = config.component("tokenizer", recipe.get("tokenizer"), f"{section['recipe']}: tokenizer")
+    return module.build(cfg).eval().requires_grad_(False)
+
+
+def _tokenizer_size(section: dict[str, Any], tokenizer: Any, grid: tuple[int, int]) -> tuple[int, int]:
+    """The image size at which the tokenizer's grid equals the patch grid; a size that the recipe states must fit."""
+    fitting = grid[0] * tokenizer.stride, grid[1] * tokenizer.stride
+    stated = section.get("image_size")
+    if stated is None:
+        return fitting
+    given = (stated, stated) if isinstance(stated, int) else tuple(stated)
+    if given != fitting:
+        h, w = tokenizer.grid(given)
+        right = fitting[0] if fitting[0] == fitting[1] else list(fitting)
+        raise ConfigError(
+            f"tokenizer.image_size={stated} gives a grid of {h}x{w} codes, but the encoder has {grid[0]}x{grid[1]} "
+            f"patches; use tokenizer.image_size={right}, or leave it out"
+        )
+    return fitting
+
+
+def _check_agreement(objective: Any, sections: Sections, frozen: dict[str, Any]) -> None:
+    """Refuse what an objective reads and nobody writes, and numbers that contradict each other."""
+    name = sections["objective"]["name"]
+    if "mask" in objective.reads and sections.get("mask") is None:
+        raise ConfigError(f"objective.name={name} needs a mask; add e.g. mask: {{name: random, ratio: 0.75}}")
+    if "codes" in objective.reads:
+        if "tokenizer" not in frozen:
+            raise ConfigError(f"objective.name={name} needs a tokenizer; add tokenizer: {{recipe: NAME, path: RUN}}")
+        theirs = frozen["tokenizer"].num_codes
+        if objective.num_codes != theirs:
+            raise ConfigError(
+                f"objective.num_codes={objective.num_codes}, but the tokenizer has {theirs} codes; "
+                f"set objective.num_codes={theirs}"
+            )
+    channels = sections["data"].get("channels", 3)
+    own = getattr(getattr(objective, "cfg", None), "channels", channels)
+    if own != channels:
+        raise ConfigError(f"objective.channels={own}, but data.channels={channels}; make them equal")

@@ -1,0 +1,239 @@
+"""The run directory: save, rotate, resume, verify.
+
+    RUN/config.yaml  log.jsonl  status.json  pictures/  checkpoints/step-00001200/
+        tensors/*.safetensors   model, optimizer and average, written by torch.distributed.checkpoint (no pickle)
+        tokenizer.safetensors, tokenizer.json   of a tokenizer run
+        state.json              step, position in the stream, identity of the order, sums of the open log interval
+        manifest.json           size and sha256 of every file, written last
+
+A checkpoint is written aside, hashed into its manifest, and renamed: that rename is the one commit point, so whatever
+has the name `step-*` was complete when it appeared. Pruning happens only after that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from mim import config
+from mim.config import ConfigError
+from mim.contracts import StorageError
+from mim.log import say, write_json
+
+FORMAT = 1  # of the run directory; raised when an older program could misread it
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+def gather_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, ema: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Name every tensor of the training state: `model.*`, `optimizer.*`, `ema.*`, free of wrapper prefixes."""
+    state = {f"model.{name}": value for name, value in get_model_state_dict(model).items()}
+    optimizer_state = get_optimizer_state_dict(model, optimizer, options=FLAT)
+    state |= {f"optimizer.{k}": v for k, v in optimizer_state.items() if isinstance(v, Tensor)}
+    return state | {f"ema.{name}": value for name, value in ema.items()}
+
+
+def save(
+    run: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    state: dict[str, Any],
+    *,
+    keep: int,
+    write_extra: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write the checkpoint of a step (called on all ranks) and prune to the newest `keep`. Returns its folder."""
+    main = not dist.is_initialized() or dist.get_rank() == 0
+    final = run / "checkpoints" / f"step-{step:08d}"
+    temporary = final.with_name(f".tmp-{final.name}")
+    try:
+        if main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            (temporary / "tensors").mkdir(parents=True)
+        _barrier()
+        writer = HuggingFaceStorageWriter(str(temporary / "tensors"), save_distributed=True)
+        with _quiet():
+            dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+        _barrier()
+        if main:
+            if write_extra is not None:
+                write_extra(temporary)
+            write_json(temporary / "state.json", {"format": FORMAT, "step": step, **state})
+            _commit(temporary, final)
+    except OSError as error:
+        if main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if error.errno == errno.ENOSPC:
+            free = shutil.disk_usage(run).free
+            raise StorageError(
+                error.errno, f"no space left for checkpoint {final} ({free >> 20} MiB free); older ones are intact"
+            ) from error
+        raise
+    if main:
+        _prune(run, keep)
+    return final
+
+
+def newest(run: Path, *, report: Callable[[str], None] = say) -> Path | None:
+    """The newest valid checkpoint of a run; each rejected one is reported with its reason. None if there is none.
+
+    A run that has checkpoints, none of them valid, is an error: never a silent fresh start.
+    """
+    folders = list_checkpoints(run)
+    for folder in reversed(folders):
+        reason = verify(folder)
+        if reason is None:
+            return folder
+        report(f"checkpoint {folder} is rejected: {reason}")
+    if folders:
+        raise ConfigError(
+            f"{run} holds {len(folders)} checkpoints and none is valid (reasons above); "
+            f"restore one, or choose another train.run to start afresh"
+        )
+    return None
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Committed checkpoints of a run, oldest first."""
+    folder = run / "checkpoints"
+    names = [p for p in folder.iterdir() if re.fullmatch(r"step-\d{8,}", p.name)] if folder.is_dir() else []
+    return sorted(names, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """Step in the name of a checkpoint folder."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def verify(folder: Path) -> str | None:
+    """Compare a checkpoint with its manifest; return the reason why it is not valid, or None."""
+    try:
+        manifest = read_json(folder / "manifest.json")
+        files = manifest["files"]
+    except (OSError, ValueError, KeyError):
+        return "its manifest is missing or unreadable"
+    if manifest.get("format", 0) > FORMAT:
+        return f"it has format {manifest['format']}, newer than this program's {FORMAT}"
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["size"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {expected['size']}"
+        if _sha256(path) != expected["sha256"]:
+            return f"the content of {name} does not match its hash"
+    return None
+
+
+def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: dict[str, Tensor]) -> dict[str, Any]:
+    """Load a checkpoint into prepared modules, all or nothing, in place. Returns its state.json."""
+    state = gather_tensors(model, optimizer, ema)
+    load_tensors(folder, state)
+    set_model_state_dict(model, part(state, "model."))
+    groups = get_optimizer_state_dict(model, optimizer, options=FLAT)
+    set_optimizer_state_dict(model, optimizer, {**groups, **part(state, "optimizer.")}, options=FLAT)
+    for name, value in ema.items():
+        value.copy_(state[f"ema.{name}"])
+    return read_json(folder / "state.json")
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """The resolved recipe of a run directory."""
+    file = run / "config.yaml"
+    if not file.is_file():
+        raise ConfigError(f"{run} is not a run directory: it holds no config.yaml")
+    saved = config.from_yaml(file)
+    if saved.get("format", 0) > FORMAT:
+        raise ConfigError(
+            f"{run} was written by a newer mimstream (format {saved['format']}, this one reads up to {FORMAT}); upgrade"
+        )
+    return saved
+
+
+def load_tensors(folder: Path, state: dict[str, Tensor]) -> None:
+    """Fill the named tensors in place from a checkpoint; every one must be there with its shape."""
+    reader = HuggingFaceStorageReader(str(folder / "tensors"))
+    try:
+        with _quiet():
+            dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
+    except (RuntimeError, KeyError, ValueError, dcp.api.CheckpointException) as error:
+        raise ConfigError(f"{folder} does not fit the recipe: {' '.join(str(error).split())[:500]}") from error
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose name starts with a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _commit(temporary: Path, final: Path) -> None:
+    """Hash and fsync every file, write the manifest last, and rename."""
+    files = {}
+    for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+        files[str(path.relative_to(temporary))] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+    write_json(temporary / "manifest.json", {"format": FORMAT, "files": files})
+    _fsync_folder(temporary)
+    if final.exists():  # a rejected checkpoint of the same step, or the same step saved again
+        shutil.rmtree(final)
+    temporary.rename(final)
+    _fsync_folder(final.parent)
+
+
+def _prune(run: Path, keep: int) -> None:
+    """Delete all but the newest `keep` (at least two) checkpoints, and leftovers of killed saves."""
+    for folder in list_checkpoints(run)[: -max(keep, 2)]:
+        shutil.rmtree(folder)
+    for folder in (run / "checkpoints").glob(".tmp-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the remark that one process saves alone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()

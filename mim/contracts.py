@@ -1,0 +1,126 @@
+"""The borders between the parts: protocols and prose, no behaviour. docs/extending.md tells how to add one of each.
+
+Images are (B, C, H, W), uint8 in the loader and float in [0, 1] once on the device; H may differ from W. Each network
+normalises its own input on its first line. The shape legend is in `mim/__init__.py`.
+
+A `Batch` is a dict:
+    images             (B, C, H, W)
+    tokenizer_images   (B, C, H', W') the same crop and flip at the tokenizer's size
+    mask               (B, N) bool, True = masked, row-major over the grid; the same count in every row
+    num_masked         int, that count, known without asking the device
+    weight             (B,) float, 0 on rows that only pad a micro-batch
+    noise              (B,) int64, a seed per sample for draws on the device
+    codes              (B, N) int64, written by the frozen tokenizer
+    labels             (B,) int64, -1 = unknown; absent when the dataset has none
+    keys               list[str], "shard.tar/sample", for messages and pictures
+    position           int, global positions consumed after this step
+    epoch              int, epoch of the first row
+    fingerprint        int, commutative hash of the consumed positions, to compare two streams
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor, nn
+
+Batch = dict[str, Any]
+
+
+class DataError(ValueError):
+    """Data that cannot be used: which file or sample, why, and what to do. Exit code 65."""
+
+
+class StorageError(OSError):
+    """A disk that is full or refuses to write. Exit code 74."""
+
+
+class Features(NamedTuple):
+    """What an encoder returns: nobody slices prefix tokens by hand."""
+
+    prefix: Tensor  # (B, R, D) class and register tokens
+    patches: Tensor  # (B, N, D), or (B, K, D) when patches were dropped
+
+
+class Encoder(Protocol):
+    """A backbone that may replace patches by a mask token (`mask`) or drop them (`ids_keep`); at most one is given."""
+
+    width: int
+    depth: int
+    patch_size: int  # total stride in pixels
+    can_drop: bool
+    final_norm: nn.Module
+
+    def grid(self, image_size: tuple[int, int]) -> tuple[int, int]: ...
+
+    def normalize(self, images: Tensor) -> Tensor: ...
+
+    def __call__(
+        self,
+        images: Tensor,
+        *,
+        mask: Tensor | None = None,
+        mask_token: Tensor | None = None,
+        ids_keep: Tensor | None = None,
+    ) -> Features: ...
+
+    def layers(
+        self,
+        images: Tensor,
+        indices: list[int],
+        *,
+        norm: bool = False,
+        mask: Tensor | None = None,
+        mask_token: Tensor | None = None,
+        ids_keep: Tensor | None = None,
+    ) -> list[Features]: ...
+
+    def no_weight_decay(self) -> set[str]: ...
+
+    def depth_of(self, parameter: str) -> int: ...
+
+
+class Objective(Protocol):
+    """A loss over a batch. Built by `build(encoder, cfg)`; `tokenize` gets the tokenizer in the encoder's place."""
+
+    encoder: Encoder | None
+    per_micro_batch: bool  # True: the loss holds statistics of a micro-batch, so accumulation changes it
+
+    def __call__(self, batch: Batch, progress: Tensor) -> dict[str, Tensor]:
+        """Return "loss" (B,) per sample and detached values: (B,) are weighted means, 0-d are logged as they are."""
+        ...
+
+    # optional: after_step(step: int, progress: Tensor) -> None, once per optimizer step (codebooks, moving teachers)
+
+
+@dataclass
+class LoadedRun:
+    """A run as plain modules (EMA weights if the run has them), as evaluations and exports see it."""
+
+    objective: Any  # Objective
+    encoder: Any  # Encoder | None
+    frozen: dict[str, Any]  # e.g. {"tokenizer": Tokenizer}
+    views: Any  # build.Views: how the run renders images, and its mask
+    config: dict[str, Any]  # the resolved recipe
+    step: int
+    path: Path  # the run directory
+
+
+class Eval(Protocol):
+    """`run` of a file in evals/: the same from the loop as from a directory."""
+
+    def __call__(self, loaded: LoadedRun, cfg: Any) -> Iterable[tuple[str, float | Image]]: ...
+
+
+class Export(Protocol):
+    """`export` of a file in exports/: writes a folder, reads it back, compares, and reports the difference."""
+
+    def __call__(self, loaded: LoadedRun, out: Path, cfg: Any) -> dict[str, Any]: ...
+
+
+NamedValues = Iterator[tuple[str, Any]]

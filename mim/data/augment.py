@@ -1,0 +1,134 @@
+"""Views: functions from one uint8 image (C, H, W) to uint8 views (C, h, w), one per asked size.
+
+All sizes share one box and one flip, so that a tokenizer at another resolution sees what the encoder sees. A recipe
+selects a view by name; its keyword-only options are the keys of the section. Draws come from the sample's own
+generator.
+
+Resizing is antialiased bicubic on uint8, the same filter as Pillow's within one level and three times as fast.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Sizes = list[tuple[int, int]]  # (h, w) of each view
+LUMA = (0.299, 0.587, 0.114)  # ITU-R 601
+
+
+class Box(NamedTuple):
+    """A rectangle of source pixels."""
+
+    top: int
+    left: int
+    h: int
+    w: int
+
+
+def crop(
+    image: Tensor,
+    rng: np.random.Generator,
+    sizes: Sizes,
+    *,
+    scale: tuple[float, float] = (0.2, 1.0),  # share of the area (MAE, appendix A.1)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),  # width / height, log-uniform (Inception; torchvision's default)
+    hflip: float = 0.5,  # probability
+) -> list[Tensor]:
+    """Random resized crop and horizontal flip, distributed as torchvision's `RandomResizedCrop`."""
+    box = _random_box(image.shape[1], image.shape[2], rng, scale, ratio)
+    flip = rng.random() < hflip
+    views = [_resize(image, box, size) for size in sizes]
+    return [view.flip(2) for view in views] if flip else views
+
+
+def center(
+    image: Tensor,
+    rng: np.random.Generator,
+    sizes: Sizes,
+    *,
+    crop_ratio: float = 0.875,  # crop side / resized short side: 224 / 256
+) -> list[Tensor]:
+    """Centre crop for evaluation, without randomness: the framing of "resize the short side, then crop".
+
+    The box is cut first, in whole source pixels (so it differs by less than one from resizing first), with the aspect
+    of the first size, and shared by all sizes.
+    """
+    height, width = image.shape[1:]
+    h, w = sizes[0]
+    unit = min(height / h, width / w) * crop_ratio  # source pixels per view pixel
+    box_h, box_w = max(1, round(h * unit)), max(1, round(w * unit))
+    box = Box((height - box_h) // 2, (width - box_w) // 2, box_h, box_w)
+    return [_resize(image, box, size) for size in sizes]
+
+
+def gray_crop(
+    image: Tensor,
+    rng: np.random.Generator,
+    sizes: Sizes,
+    *,
+    scale: tuple[float, float] = (0.2, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    hflip: float = 0.5,
+) -> list[Tensor]:
+    """`crop` in gray with random contrast, brightness and inversion: shape tells, colour and polarity do not."""
+    return _gray(crop(image, rng, sizes, scale=scale, ratio=ratio, hflip=hflip), rng)
+
+
+def gray_center(
+    image: Tensor,
+    rng: np.random.Generator,
+    sizes: Sizes,
+    *,
+    crop_ratio: float = 0.875,
+) -> list[Tensor]:
+    """`center` with the photometric change of `gray_crop`: evaluation sees the distribution of training."""
+    return _gray(center(image, rng, sizes, crop_ratio=crop_ratio), rng)
+
+
+def _random_box(
+    height: int, width: int, rng: np.random.Generator, scale: tuple[float, float], ratio: tuple[float, float]
+) -> Box:
+    """Draw area and aspect until the box fits; after ten tries take the largest centred box of an allowed aspect."""
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 0 < h <= height and 0 < w <= width:
+            return Box(int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w)
+    aspect = min(max(width / height, ratio[0]), ratio[1])
+    h, w = max(1, min(height, round(width / aspect))), max(1, min(width, round(height * aspect)))
+    return Box((height - h) // 2, (width - w) // 2, h, w)
+
+
+def _resize(image: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
+    """Cut a box and resize it. (C, H, W) -> (C, h, w)"""
+    cut = image[:, box.top : box.top + box.h, box.left : box.left + box.w]
+    if (box.h, box.w) == tuple(size):
+        return cut
+    batch = cut[None].contiguous(memory_format=torch.channels_last)  # the layout of the fast uint8 kernel
+    return F.interpolate(batch, size=size, mode="bicubic", antialias=True)[0]  # (C, h, w)
+
+
+def _gray(views: list[Tensor], rng: np.random.Generator) -> list[Tensor]:
+    """Gray level g -> (g - mean) * contrast + mean + shift, half of the time inverted; the same change in all views."""
+    contrast, shift, invert = rng.uniform(0.5, 1.5), rng.uniform(-48, 48), rng.random() < 0.5  # shift in levels of 255
+    grays = [_luma(view) for view in views]
+    mean = grays[0].mean(dtype=torch.float64).item()
+    levels = (torch.arange(256, dtype=torch.float64) - mean) * contrast + mean + shift
+    table = levels.round().clamp(0, 255).to(torch.uint8)
+    if invert:
+        table = 255 - table
+    return [table[gray.long()].expand_as(view) for gray, view in zip(grays, views, strict=True)]
+
+
+def _luma(view: Tensor) -> Tensor:
+    """(C, h, w) -> (1, h, w) gray levels"""
+    if view.shape[0] == 1:
+        return view
+    weights = torch.tensor(LUMA).view(3, 1, 1)
+    return (view * weights).sum(0, keepdim=True).round().to(torch.uint8)  # (1, h, w)

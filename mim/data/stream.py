@@ -1,0 +1,230 @@
+"""Order + shards + decode + view + mask -> batches. The stream receives the view and the mask as functions.
+
+A map-style dataset indexed by micro-batches, in a DataLoader that keeps their order: the number of workers cannot
+change a batch. Every draw of a row is named by (purpose, seed, epoch, sample, draw), so neither can ranks,
+micro-batches or the position from which a run resumes. Images leave as uint8 and are normalised on the device: a
+quarter of the transport.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Union
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import data as torch_data
+
+from mim.contracts import Batch, DataError
+from mim.data.augment import Sizes
+from mim.data.decode import BadImage, decode
+from mim.data.order import MicroBatch, Order, Plan, Slots, key64, permutation, rng
+from mim.data.shards import Dataset, Sample
+
+View = Callable[[Tensor, np.random.Generator, Sizes], list[Tensor]]
+Mask = Callable[[np.random.Generator], "np.ndarray | Tensor"]  # -> (N,) bool
+
+EVALUATION = -1  # the epoch in the names of evaluation's draws: no epoch of training
+PREFETCH = 4  # micro-batches per worker
+VIEWS = ("images", "tokenizer_images")
+FINGERPRINT_MODULUS = 2**63
+
+
+@dataclass
+class Config:
+    """Section `data` of a recipe."""
+
+    path: str  # dataset folder, or a folder of images (made into shards in the cache)
+    val_path: str | None = None  # the same, held out
+    labels_from_folders: bool = False  # the first folder below `path` is the class
+    val_ratio: float = 0.0  # share of the images held out when `path` is a folder of images
+    image_size: Union[int, list[int]] = 224  # noqa: UP007  pixels, or [h, w]; OmegaConf reads Union, not |
+    channels: int = 3  # 1 or 3; the decoder converts
+    view: dict[str, Any] = field(default_factory=lambda: {"name": "crop"})  # function of mim/data/augment.py
+    eval_view: dict[str, Any] = field(default_factory=lambda: {"name": "center"})  # the same, for evaluation
+    seed: int = 0  # of order, crops and masks; also of the held-out split
+    lanes: int | None = None  # L of mim/data/order.py; default 1 below 10^7 samples, else 64
+    window: int | None = None  # W, samples; default all below 10^7 samples, else 2048
+    repeats: int = 1  # draws of a sample in a row, decoded once (repeated augmentation, arXiv 1901.09335)
+
+
+@dataclass(frozen=True)
+class Renderer:
+    """Turns located rows into a batch."""
+
+    dataset: Dataset
+    view: View
+    sizes: Sizes  # of `images`, and of `tokenizer_images` if there are two
+    mask: Mask | None
+    channels: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.sizes) <= len(VIEWS):
+            raise ValueError(f"{len(self.sizes)} sizes; give one, or two with the tokenizer's")
+
+    def render(self, slots: Slots, num_real: int, size: int) -> Batch:
+        """Render the rows of `slots` into a batch of `size` rows, of which the first `num_real` count.
+
+        Rows beyond those of `slots` copy the first row with weight 0.
+        """
+        batch: Batch = {"keys": []}
+        for name, (h, w) in zip(VIEWS, self.sizes):  # noqa: B905  the second size is optional
+            # Rows are (H, W, C) in memory, as the decoder leaves them: transposing would cost more than copying.
+            rows = torch.empty((size, h, w, self.channels), dtype=torch.uint8)
+            batch[name] = rows.permute(0, 3, 1, 2)  # (B, C, H, W)
+        batch["weight"] = (torch.arange(size) < num_real).float()
+        batch["noise"] = torch.empty(size, dtype=torch.int64)
+        if self.dataset.classes is not None:
+            batch["labels"] = torch.full((size,), -1, dtype=torch.int64)
+        self._fill(batch, slots)
+        filled = len(slots.sample)
+        for value in batch.values():
+            if isinstance(value, Tensor) and value is not batch["weight"]:
+                value[filled:] = value[0]
+        batch["keys"] += batch["keys"][:1] * (size - filled)
+        return batch
+
+    def _fill(self, batch: Batch, slots: Slots) -> None:
+        """Write each row of `slots` into the batch; masks are added to it."""
+        masks: list[Tensor] = []
+        sample, image, loaded = None, None, None  # `repeats` draws of a sample follow each other: decode once
+        for row, (epoch, shard, index, number, draw) in enumerate(zip(*(a.tolist() for a in slots), strict=True)):
+            if loaded != number:
+                sample = self.dataset.read(shard, index)
+                image, loaded = self._decode(sample), number
+            assert sample is not None
+            assert image is not None
+            name = (self.seed, epoch, number, draw)
+            for field_, view in zip(VIEWS, self.view(image, rng("view", *name), self.sizes)):  # noqa: B905
+                batch[field_][row] = view
+            if self.mask is not None:
+                masks.append(torch.as_tensor(self.mask(rng("mask", *name)), dtype=torch.bool))
+            batch["noise"][row] = key64("noise", *name)
+            if sample.label is not None:
+                batch["labels"][row] = sample.label
+            batch["keys"].append(sample.key)
+        if masks:
+            counts = {int(mask.sum()) for mask in masks}
+            if len(counts) > 1:
+                raise ValueError(f"the mask function masks {min(counts)} to {max(counts)} patches; one count is needed")
+            batch["num_masked"] = counts.pop()
+            batch["mask"] = torch.empty((len(batch["weight"]), len(masks[0])), dtype=torch.bool)  # (B, N)
+            batch["mask"][: len(masks)] = torch.stack(masks)
+
+    def _decode(self, sample: Sample) -> Tensor:
+        try:
+            return decode(sample.image, self.channels)
+        except BadImage as error:
+            raise DataError(f"{sample.key}: {error}; make the shards again, which leaves it out") from error
+
+
+class Stream(torch_data.Dataset[Batch]):
+    """The endless training stream, indexed by micro-batches."""
+
+    def __init__(self, order: Order, renderer: Renderer):
+        self.order = order
+        self.renderer = renderer
+
+    def __getitem__(self, micro: MicroBatch) -> Batch:
+        num_real = len(micro.positions)
+        slots = self.order.locate(micro.positions if num_real else [micro.filler])
+        batch = self.renderer.render(slots, num_real, micro.size)
+        rows = zip(micro.positions, slots.sample, slots.epoch, slots.draw, strict=False)  # a filler has no position
+        batch["position"] = micro.position
+        batch["epoch"] = int(slots.epoch[0])
+        batch["fingerprint"] = sum(key64("row", *row) for row in rows) % FINGERPRINT_MODULUS
+        return batch
+
+
+class Evaluation(torch_data.Dataset[Batch]):
+    """Samples by their index in the order of the lock."""
+
+    def __init__(self, renderer: Renderer):
+        self.renderer = renderer
+        self._ends = np.cumsum(renderer.dataset.counts)
+
+    def __getitem__(self, samples: np.ndarray) -> Batch:
+        shard = np.searchsorted(self._ends, samples, side="right")
+        row = samples - (self._ends[shard] - self.renderer.dataset.counts[shard])
+        epoch = np.full_like(samples, EVALUATION)
+        return self.renderer.render(
+            Slots(epoch, shard, row, samples, np.zeros_like(samples)), len(samples), len(samples)
+        )
+
+
+def loader(
+    dataset: Dataset,
+    *,
+    order: Order,
+    view: View,
+    sizes: Sizes,
+    mask: Mask | None = None,
+    channels: int = 3,
+    batch_size: int,  # global
+    rank: int = 0,
+    world: int = 1,
+    micro_batches: int = 1,
+    position: int = 0,  # global positions consumed before the first step
+    num_steps: int,
+    workers: int = 0,
+    pin_memory: bool = False,
+    timeout: float = 300,  # seconds to wait for a worker before giving up; 0 waits for ever
+) -> torch_data.DataLoader[Batch]:
+    """Return the micro-batches of one rank: `num_steps * micro_batches` of them, in order."""
+    plan = Plan(order.repeats, batch_size, rank, world, micro_batches, position, num_steps)
+    stream = Stream(order, Renderer(dataset, view, sizes, mask, channels, order.seed))
+    return _in_order(stream, plan, workers, pin_memory, timeout)
+
+
+def evaluate(
+    dataset: Dataset,
+    *,
+    view: View,
+    sizes: Sizes,
+    batch_size: int,
+    mask: Mask | None = None,
+    channels: int = 3,
+    seed: int = 0,
+    limit: int | None = None,
+    workers: int = 0,
+    pin_memory: bool = False,
+    timeout: float = 300,
+) -> torch_data.DataLoader[Batch]:
+    """Return every sample once, in the order of the lock; with `limit` a random subset of it, the same each time.
+
+    The last batch may be shorter. Draws are named by the sample alone, so two evaluations see the same pixels.
+    """
+    samples = np.arange(len(dataset))
+    if limit is not None and limit < len(dataset):
+        samples = np.sort(permutation(len(dataset), "evaluate", seed)[:limit])
+    chunks = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
+    evaluation = Evaluation(Renderer(dataset, view, sizes, mask, channels, seed))
+    return _in_order(evaluation, chunks, workers, pin_memory, timeout)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Move a batch to the device, where its images become float32 in [0, 1]."""
+    moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    for name in VIEWS:
+        if name in moved:
+            moved[name] = moved[name].to(memory_format=torch.contiguous_format, dtype=torch.float32) / 255
+    return moved
+
+
+def _in_order(
+    source: torch_data.Dataset[Batch], indices: Iterable[Any], workers: int, pin_memory: bool, timeout: float
+) -> torch_data.DataLoader[Batch]:
+    """A DataLoader over prepared indices. Its workers run torch on one thread each, as torch sets them up."""
+    return torch_data.DataLoader(
+        source,
+        batch_size=None,  # a batch is one item of `source`
+        sampler=indices,
+        num_workers=workers,
+        prefetch_factor=PREFETCH if workers else None,
+        pin_memory=pin_memory,
+        timeout=timeout if workers else 0,
+        generator=torch.Generator(),  # its own: starting an epoch must not advance the model's random state
+    )

@@ -1,0 +1,172 @@
+"""Vision Transformer with LayerScale: timm's, opened at two places so that patches can be replaced or dropped.
+
+ViT: Dosovitskiy et al. 2021 (arXiv 2010.11929). LayerScale: Touvron et al. 2021 (CaiT, arXiv 2103.17239, section 2).
+The module inside is a plain `timm.models.VisionTransformer`; without a mask the output equals its `forward_features`
+bit for bit, so an export to timm is the module itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from mim.contracts import Features
+from mim.patches import gather, sincos_positions
+
+
+@dataclass
+class Config:
+    model: str = "vit_base_patch16_224"  # any timm VisionTransformer; the fields below override it where they are set
+    width: int | None = None
+    depth: int | None = None  # blocks
+    num_heads: int | None = None
+    patch_size: int | None = None  # pixels
+    layer_scale: float | None = None  # initial gamma: BEiT 0.1 (base), 1e-5 (large); none in MAE
+    drop_path_rate: float = 0.0  # of the last block, rising linearly over the blocks
+    num_registers: int = 0
+    positions: str = "learn"  # learn | sincos (fixed, as MAE has them)
+    mean: list[float] | None = None  # per channel, of pixels in [0, 1]; null: the dataset's own
+    std: list[float] | None = None
+
+
+def build(cfg: Config, *, image_size: tuple[int, int], channels: int) -> ViT:
+    """Build the encoder for images of one size; the grid must divide."""
+    overrides = {
+        "embed_dim": cfg.width,
+        "depth": cfg.depth,
+        "num_heads": cfg.num_heads,
+        "patch_size": cfg.patch_size,
+        "init_values": cfg.layer_scale,
+    }
+    if cfg.positions not in ("learn", "sincos"):
+        raise ValueError(f"encoder.positions={cfg.positions!r} is unknown; choose learn or sincos")
+    if not timm.is_model(cfg.model):
+        close = timm.list_models(f"*{cfg.model.split('_')[0]}*")[:5]
+        raise ValueError(f"encoder.model={cfg.model!r} is not a timm model; some that are: {', '.join(close)}")
+    vit = timm.create_model(
+        cfg.model,
+        img_size=image_size,
+        in_chans=channels,
+        num_classes=0,
+        reg_tokens=cfg.num_registers,
+        drop_path_rate=cfg.drop_path_rate,
+        **{key: value for key, value in overrides.items() if value is not None},
+    )
+    if not isinstance(vit, VisionTransformer):
+        raise ValueError(f"encoder.model={cfg.model!r} is a {type(vit).__name__}; `vit` takes timm's VisionTransformer")
+    if vit.embed_dim % vit.blocks[0].attn.num_heads:
+        raise ValueError(f"encoder.width={vit.embed_dim} does not divide by {vit.blocks[0].attn.num_heads} heads")
+    return ViT(vit, cfg)
+
+
+class ViT(nn.Module):
+    """timm's VisionTransformer as an `Encoder`. It carries its own pixel mean and std."""
+
+    can_drop = True
+
+    def __init__(self, vit: VisionTransformer, cfg: Config) -> None:
+        super().__init__()
+        self.vit = vit
+        self.width = vit.embed_dim
+        self.depth = len(vit.blocks)
+        self.patch_size = vit.patch_embed.patch_size[0]
+        self.num_prefix = vit.num_prefix_tokens
+        channels = vit.patch_embed.proj.in_channels
+        mean, std = cfg.mean or [0.5] * channels, cfg.std or [0.5] * channels
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) != channels:
+                raise ValueError(f"encoder.{name} has {len(values)} values for images of {channels} channels")
+            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)  # (1, C, 1, 1)
+        if cfg.positions == "sincos":
+            self._fix_positions()
+
+    def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Return (h, w) for an image size (H, W) in pixels."""
+        height, width = image_size
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(f"image size {height}x{width} does not divide by the patch size {self.patch_size}")
+        return height // self.patch_size, width // self.patch_size
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Pixels (B, C, H, W) in [0, 1] -> zero mean, unit variance per channel."""
+        return (images - self.mean) / self.std
+
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        mask: Tensor | None = None,
+        mask_token: Tensor | None = None,
+        ids_keep: Tensor | None = None,
+    ) -> Features:
+        """Encode images (B, C, H, W); `mask` (B, N) with `mask_token` (1, 1, D) replaces, `ids_keep` (B, K) drops."""
+        x = self._embed(images, mask, mask_token, ids_keep)  # (B, R + N, D)
+        for block in self.vit.blocks:
+            x = block(x)
+        return self._split(self.vit.norm(x))
+
+    def layers(
+        self,
+        images: Tensor,
+        indices: list[int],
+        *,
+        norm: bool = False,
+        mask: Tensor | None = None,
+        mask_token: Tensor | None = None,
+        ids_keep: Tensor | None = None,
+    ) -> list[Features]:
+        """Return the outputs of the blocks named by `indices` (negative: from the end), normed if asked."""
+        wanted = [i % self.depth for i in indices]
+        x = self._embed(images, mask, mask_token, ids_keep)
+        outputs = {}
+        for i, block in enumerate(self.vit.blocks[: max(wanted) + 1]):
+            x = block(x)
+            if i in wanted:
+                outputs[i] = self._split(self.vit.norm(x) if norm else x)
+        return [outputs[i] for i in wanted]
+
+    @property
+    def final_norm(self) -> nn.Module:
+        return self.vit.norm
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that are never decayed (timm's list)."""
+        return {f"vit.{name}" for name in self.vit.no_weight_decay()}
+
+    def depth_of(self, parameter: str) -> int:
+        """Depth of a parameter for layer-wise decay: 0 stem, i + 1 block i, depth + 1 final norm."""
+        _, top, *rest = parameter.split(".")
+        if top == "blocks":
+            return int(rest[0]) + 1
+        return self.depth + 1 if top in ("norm", "fc_norm") else 0
+
+    def _embed(self, images: Tensor, mask: Tensor | None, mask_token: Tensor | None, ids_keep: Tensor | None) -> Tensor:
+        """Patches with positions and prefix, as timm embeds them, with some replaced or dropped."""
+        assert mask is None or ids_keep is None, "replace or drop, not both"
+        x = self.vit.patch_embed(self.normalize(images))  # (B, N, D)
+        if mask is not None:
+            assert mask_token is not None, "mask needs mask_token"
+            x = torch.where(
+                mask.unsqueeze(-1), mask_token.to(x.dtype), x
+            )  # before positions, so masked tokens keep theirs
+        x = self.vit._pos_embed(x)  # (B, R + N, D)
+        if ids_keep is not None:
+            prefix, patches = x[:, : self.num_prefix], x[:, self.num_prefix :]
+            x = torch.cat([prefix, gather(patches, ids_keep)], dim=1)  # (B, R + K, D)
+        return self.vit.norm_pre(x)
+
+    def _split(self, x: Tensor) -> Features:
+        return Features(x[:, : self.num_prefix], x[:, self.num_prefix :])
+
+    def _fix_positions(self) -> None:
+        """Store sine-cosine positions in timm's own `pos_embed`, frozen; the prefix gets zeros."""
+        positions = sincos_positions(self.vit.patch_embed.grid_size, self.width)  # (N, D)
+        table = self.vit.pos_embed
+        prefix = table.shape[1] - len(positions)
+        with torch.no_grad():
+            table.copy_(torch.cat([positions.new_zeros(prefix, self.width), positions]).unsqueeze(0))
+        table.requires_grad_(False)

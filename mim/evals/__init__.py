@@ -1,0 +1,1 @@
+"""Evaluations: each file offers Config and run(loaded, cfg) -> (name, value) pairs."""

@@ -1,0 +1,68 @@
+"""Picture: input, masked input, prediction, and prediction pasted into the visible patches, one row per image.
+
+For MAE the predicted patches are un-normalised with the true mean and variance of each patch; for BEiT and tokenizers
+the prediction is what the tokenizer decodes from the (predicted) codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from mim import build
+from mim.contracts import LoadedRun, NamedValues
+from mim.data import stream
+
+
+@dataclass
+class Config:
+    num_images: int = 8  # rows of the picture
+    height: int = 96  # pixels of a cell
+
+
+def run(loaded: LoadedRun, cfg: Config) -> NamedValues:
+    """Yield one picture of held-out images; the same images and masks at every call."""
+    train, val = build.open_data(loaded.config)
+    views = loaded.views
+    batches = stream.evaluate(
+        val if val is not None else train,
+        view=views.evaluation,
+        sizes=views.sizes,
+        mask=views.mask,
+        channels=views.data.channels,
+        batch_size=cfg.num_images,
+        limit=cfg.num_images,
+    )
+    batch = stream.to_device(next(iter(batches)), next(loaded.objective.parameters()).device)
+    build.write_targets(loaded.frozen, batch)
+    images = batch["images"]
+    pred = loaded.objective.reconstruct(batch, loaded.frozen)
+    if pred.shape != images.shape:  # the tokenizer's size
+        pred = F.interpolate(pred, images.shape[-2:], mode="bicubic", antialias=True).clamp(0, 1)
+    columns = [images, pred]
+    if "mask" in batch:
+        hidden = _pixels(batch["mask"], loaded.encoder.grid(images.shape[-2:]), images)
+        columns = [images, torch.where(hidden, 0.5, images), pred, torch.where(hidden, pred, images)]
+    yield "reconstruction", _sheet(torch.stack(columns, dim=1).cpu(), cfg.height)
+
+
+def _pixels(mask: Tensor, grid: tuple[int, int], images: Tensor) -> Tensor:
+    """Masks (B, N) as bool images (B, 1, H, W)."""
+    square = mask.reshape(len(mask), 1, *grid).float()
+    return F.interpolate(square, images.shape[-2:], mode="nearest").bool()
+
+
+def _sheet(cells: Tensor, height: int) -> Image.Image:
+    """Cells (B, columns, C, H, W) in [0, 1] as one picture with B rows."""
+    width = round(height * cells.shape[-1] / cells.shape[-2])
+    b, columns, c = cells.shape[:3]
+    resized = F.interpolate(cells.flatten(0, 1), (height, width), mode="nearest").reshape(b, columns, c, height, width)
+    if c != 3:
+        resized = resized[:, :, :1].expand(-1, -1, 3, -1, -1)
+    padded = F.pad(resized, (2, 2, 2, 2), value=1.0)
+    sheet = padded.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (B * h, columns * w, 3)
+    return Image.fromarray((sheet * 255).round().to(torch.uint8).numpy())

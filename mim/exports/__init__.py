@@ -1,0 +1,1 @@
+"""Export targets: each file offers Config and export(loaded, out, cfg) -> report."""

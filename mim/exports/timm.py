@@ -1,0 +1,113 @@
+"""Export to timm: a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads.
+
+The encoder is a timm module, so nothing is converted. The folder is read back through timm in the way a user would, and
+the largest difference of the features on a fixed batch is the report; anything but 0.0 is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import save_for_hf
+
+from mim.config import ConfigError
+from mim.contracts import LoadedRun
+
+README = """# {arch}, pretrained with {objective} by mimstream
+
+    import timm
+    model = timm.create_model("local-dir:{folder}", pretrained=True)                    # features
+    model = timm.create_model("local-dir:{folder}", pretrained=True, num_classes=10)    # to fine-tune
+
+Input {size} pixels in [0, 1], normalised with mean {mean} and std {std} (`timm.data.resolve_model_data_config`).
+Trained for {step} optimizer steps on dataset {dataset}; recipe in `recipe.json`. Weights: {weights}.
+"""
+
+
+@dataclass
+class Config:
+    license: str = "unknown"  # of the weights: what the training data allow
+
+
+def export(loaded: LoadedRun, out: Path, cfg: Config) -> dict[str, Any]:
+    """Write the folder, reload it with timm and compare. Returns the report that is also `report.json`."""
+    encoder = loaded.encoder
+    if encoder is None or not hasattr(encoder, "vit"):
+        raise ConfigError(f"{loaded.path} has no timm backbone to export; export a run with encoder.name=vit")
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"{out} exists and is not empty; choose another folder for the export")
+    model = encoder.vit.cpu().eval()
+    temporary = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    mean, std = encoder.mean.flatten().tolist(), encoder.std.flatten().tolist()
+    size = (len(mean), *model.patch_embed.img_size)
+    data_config = {"input_size": size, "mean": mean, "std": std, "interpolation": "bicubic", "crop_pct": 1.0}
+    save_for_hf(
+        model,
+        str(temporary),
+        safe_serialization=True,
+        model_config={"pretrained_cfg": {"tag": "mimstream", "license": cfg.license, "hf_hub_id": None}},
+        model_args=model_args(encoder, size),
+        data_config=data_config,
+    )
+    weights = "exponential moving average" if loaded.config["optim"].get("ema") else "of the last step"
+    report = {
+        "target": "timm",
+        "run": str(loaded.path),
+        "step": loaded.step,
+        "weights": weights,
+        "max_difference": compare(model, temporary, size),
+    }
+    if report["max_difference"] != 0.0:
+        raise RuntimeError(f"the exported {temporary} differs from the run by {report['max_difference']:.3g}")
+    recipe = {name: loaded.config.get(name) for name in ("data", "mask", "encoder", "objective", "optim")}
+    (temporary / "recipe.json").write_text(json.dumps(recipe, indent=1))
+    (temporary / "report.json").write_text(json.dumps(report, indent=1))
+    (temporary / "README.md").write_text(
+        README.format(
+            arch=model.pretrained_cfg["architecture"],
+            objective=loaded.config["objective"]["name"],
+            folder=out,
+            size="x".join(map(str, size[1:])),
+            mean=[round(v, 4) for v in mean],
+            std=[round(v, 4) for v in std],
+            step=loaded.step,
+            dataset=loaded.config.get("experiment", {}).get("dataset_id", "unknown")[:16],
+            weights=weights,
+        )
+    )
+    if out.exists():
+        out.rmdir()
+    temporary.rename(out)
+    return report
+
+
+def model_args(encoder: Any, size: tuple[int, ...]) -> dict[str, Any]:
+    """Arguments of timm's factory that rebuild this very module."""
+    vit = encoder.vit
+    layer_scale = getattr(vit.blocks[0].ls1, "gamma", None)
+    return {
+        "img_size": list(size[1:]),
+        "patch_size": encoder.patch_size,
+        "in_chans": size[0],
+        "embed_dim": encoder.width,
+        "depth": encoder.depth,
+        "num_heads": vit.blocks[0].attn.num_heads,
+        "reg_tokens": vit.num_reg_tokens,
+        "init_values": None if layer_scale is None else 1e-5,  # any value: the weights replace it
+    }
+
+
+@torch.no_grad()
+def compare(model: torch.nn.Module, folder: Path, size: tuple[int, ...]) -> float:
+    """Largest absolute difference of the features of a fixed batch between a module and its export."""
+    reloaded = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
+    images = torch.rand(2, *size, generator=torch.Generator().manual_seed(0))
+    return float((model.forward_features(images) - reloaded.forward_features(images)).abs().max())

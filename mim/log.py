@@ -1,0 +1,168 @@
+"""What a run tells: the run log (log.jsonl), the progress line, averages kept on the device, and status.json.
+
+log.jsonl is the truth: one JSON object a line, each with `step` and `event`; a resume cuts it back to the resumed step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+
+def say(message: str, *, main: bool = True) -> None:
+    """Print one line for people, on standard error, above any progress bar."""
+    if main:
+        tqdm.write(message, file=sys.stderr)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never a half."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w") as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+class RunLog:
+    """Append-only JSON lines; opened at a step, it drops the lines that come after it."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        kept = []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    entry = json.loads(line)
+                except json.JSONDecodeError:
+                    break  # the torn last line of a killed run
+                if entry["step"] <= step:
+                    kept.append(line)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(f"{line}\n" for line in kept))
+        temporary.replace(path)
+        self._file: IO[str] = path.open("a")
+
+    def write(self, event: str, step: int, **values: Any) -> None:
+        self._file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Averages:
+    """Weighted means of an objective's outputs, summed on the device and read once per log step.
+
+    The sums of all ranks go into the checkpoint, so an interrupted interval logs what an uninterrupted one would have.
+    """
+
+    def __init__(self, state: dict[str, float] | None = None) -> None:
+        self._saved = dict(state or {})  # sums of the open interval before a resume, kept on one rank
+        self._sums: dict[str, Tensor] = {}
+        self._last: dict[str, Tensor] = {}
+
+    def add(self, values: dict[str, Tensor], weight: Tensor) -> None:
+        """Add a micro-batch's outputs: (B,) tensors are summed with the weights (B,), 0-d ones replace the last."""
+        for name, value in values.items():
+            if value.ndim == 0:
+                self._last[name] = value.detach()
+            else:
+                self._count(name, (value.detach().double() * weight).sum())
+        self._count("images", weight.double().sum())
+
+    def add_step(self, values: dict[str, Tensor], ranks: int) -> None:
+        """Add 0-d values of an optimizer step, which every rank knows."""
+        for name, value in values.items():
+            self._count(f"step/{name}", value.double() / ranks)
+        self._count("step/count", torch.tensor(1.0 / ranks, dtype=torch.float64, device=value.device))
+
+    def state(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The sums of all ranks since the last log step; `reduce` adds a tensor over ranks. One host sync."""
+        if not self._sums:
+            return dict(self._saved)
+        names = sorted(self._sums)
+        sums = reduce(torch.stack([self._sums[name] for name in names])).tolist()
+        return {**self._saved, **dict(zip(names, sums, strict=True))}
+
+    def read(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Means per image, and per step for what `add_step` added; starts a new interval."""
+        sums = self.state(reduce)
+        images, steps = sums.pop("images"), sums.pop("step/count")
+        means = {k.removeprefix("step/"): v / (steps if k.startswith("step/") else images) for k, v in sums.items()}
+        means |= {name: value.item() for name, value in self._last.items()}
+        self._saved, self._sums, self._last = {}, {}, {}
+        return dict(sorted(means.items(), key=lambda item: item[0] != "loss"))  # the loss first
+
+    def _count(self, name: str, value: Tensor) -> None:
+        self._sums[name] = self._sums[name] + value if name in self._sums else value + self._saved.pop(name, 0.0)
+
+
+class Progress:
+    """Throughput, data-wait share and time left, as a bar on a terminal and as plain lines elsewhere."""
+
+    def __init__(self, start: int, total: int, *, batch_size: int, main: bool) -> None:
+        self.total, self.batch_size, self.main = total, batch_size, main
+        self.start, self.began = start, time.perf_counter()
+        self._since, self._since_step, self._waited = self.began, start, 0.0
+        on_terminal = main and sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=start, unit="step", disable=not on_terminal, dynamic_ncols=True)
+
+    def waited(self, seconds: float) -> None:
+        """Count time that the loop stood waiting for data."""
+        self._waited += seconds
+
+    def advance(self) -> None:
+        self.bar.update()
+
+    def rates(self, step: int) -> dict[str, float]:
+        """Images/s and the share of time spent waiting for data since the last call, and seconds left."""
+        now = time.perf_counter()
+        elapsed = max(now - self._since, 1e-9)
+        values = {
+            "images_per_s": round((step - self._since_step) * self.batch_size / elapsed, 1),
+            "data_wait": round(self._waited / elapsed, 4),
+            "eta_s": round((self.total - step) * (now - self.began) / max(step - self.start, 1), 1),
+        }
+        self._since, self._since_step, self._waited = now, step, 0.0
+        return values
+
+    def show(self, step: int, values: dict[str, Any]) -> None:
+        """Show the values of a log step."""
+        if not self.main:
+            return
+        hidden = ("eta_s", "fingerprint", "position", "epoch", "weight_decay")
+        shown = {k: v for k, v in values.items() if k not in hidden}
+        text = "  ".join(f"{name} {_short(name, value)}" for name, value in shown.items() if value or name == "loss")
+        if self.bar.disable:
+            say(f"step {step}/{self.total}  {text}  left {clock(values['eta_s'])}")
+        else:
+            self.bar.set_postfix_str(text, refresh=True)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 1:02:03 or 2:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _short(name: str, value: Any) -> str:
+    if name == "data_wait":
+        return f"{100 * value:.0f}%"
+    if name == "images_per_s":
+        return f"{value:.0f}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

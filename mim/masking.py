@@ -1,0 +1,81 @@
+"""Masks as pure functions of (grid, rng): which patches the network must predict.
+
+Every function returns a bool array (N,), True = masked, row-major over the grid (h, w), with the same count for every
+draw, so that shapes are static. `rng` is a numpy Generator keyed by the sample; keyword options are keys of a recipe.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+Mask = np.ndarray
+
+
+def random(grid: tuple[int, int], rng: np.random.Generator, *, ratio: float = 0.75) -> Mask:
+    """Mask a uniformly drawn set of patches (MAE, arXiv 2111.06377, section 3): int(N * (1 - ratio)) stay visible."""
+    n = grid[0] * grid[1]
+    num_masked = n - int(n * (1 - _checked(ratio)))
+    mask = np.zeros(n, dtype=bool)
+    mask[np.argsort(rng.random(n), kind="stable")[:num_masked]] = True
+    return mask
+
+
+def block(
+    grid: tuple[int, int],
+    rng: np.random.Generator,
+    *,
+    ratio: float = 0.4,
+    count: int | None = None,
+    min_patches: int = 16,
+    min_aspect: float = 0.3,
+) -> Mask:
+    """Mask rectangles until exactly the asked count is reached (BEiT, arXiv 2106.08254, algorithm 1).
+
+    `count` patches, or int(ratio * N). A block has at least `min_patches` (less when fewer remain) and an aspect ratio
+    in [min_aspect, 1 / min_aspect]. BEiT v1 stops early when ten tries fail, so its count varies; here, as in BEiT v2,
+    the remainder is drawn from the unmasked patches one by one.
+    """
+    h, w = grid
+    target = int(_checked(ratio) * h * w) if count is None else count
+    if not 0 < target < h * w:
+        raise ValueError(
+            f"mask: {target} of {h * w} patches cannot be masked; at least one must be masked and one visible"
+        )
+    mask = np.zeros((h, w), dtype=bool)
+    masked = 0
+    while masked < target:
+        added = _add_block(mask, rng, target - masked, min_patches, min_aspect)
+        if not added:
+            break
+        masked += added
+    flat = mask.reshape(-1)
+    visible = np.flatnonzero(~flat)
+    flat[visible[np.argsort(rng.random(len(visible)), kind="stable")[: target - masked]]] = True
+    return flat
+
+
+def _add_block(mask: Mask, rng: np.random.Generator, remaining: int, min_patches: int, min_aspect: float) -> int:
+    """Mask one rectangle that adds between 1 and `remaining` patches; 0 when ten tries fail."""
+    h, w = mask.shape
+    bound = math.log(min_aspect)
+    for _ in range(10):
+        area = rng.uniform(min(min_patches, remaining), remaining)
+        aspect = math.exp(rng.uniform(bound, -bound))
+        height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if not (0 < height < h and 0 < width < w):
+            continue
+        top, left = rng.integers(0, h - height + 1), rng.integers(0, w - width + 1)
+        region = mask[top : top + height, left : left + width]
+        added = region.size - int(region.sum())
+        if 0 < added <= remaining:
+            region[:] = True
+            return added
+    return 0
+
+
+def _checked(ratio: float) -> float:
+    if not 0 < ratio < 1:
+        raise ValueError(f"mask.ratio={ratio} must lie between 0 and 1")
+    return ratio

@@ -1,0 +1,1 @@
+"""Objectives: one file each; the file's name is its name in a recipe."""

@@ -1,0 +1,115 @@
+"""Optimizer: parameter groups (no decay, layer decay) over timm's factory, and the rates of each step.
+
+Decoupled weight decay skips biases, norms and every other 1-D parameter, and what the encoder lists. With `layer_decay`
+each group's rate is scaled by layer_decay ** (depth + 1 - depth_of(parameter)) (Bao et al. 2022, BEiT, appendix H).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from timm.optim import create_optimizer_v2
+from torch import nn
+
+from mim.config import ConfigError
+from mim.schedules import SHAPES, to_steps, warmup_then
+
+
+@dataclass
+class Config:
+    name: str = "adamw"  # adamw only, for now: it can skip a non-finite update on the device
+    batch_size: int = 2048  # images per optimizer step over all processes
+    length: str = "300 epochs"  # of the run: epochs, steps or images
+    warmup: str = "10 epochs"  # linear, part of the length
+    lr: float | None = None  # peak learning rate; give lr or base_lr, not both
+    base_lr: float | None = None  # peak learning rate for a batch of 256: lr = base_lr * batch_size / 256 (MAE)
+    min_lr: float = 0.0  # at the last step
+    schedule: str = "cosine"  # cosine | linear | constant, after the warm-up
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # (0.9, 0.95) MAE, (0.9, 0.999) BEiT
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    weight_decay_end: float | None = None  # cosine from weight_decay to this; null: constant
+    layer_decay: float | None = None  # rate factor per layer; null: none
+    clip_grad: float | None = None  # maximum norm of the gradient; BEiT 3.0, MAE none
+    ema: float | None = None  # momentum of an average of the weights; null: none
+    seed: int = 0  # of initial weights, drop path and dropout
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The resolved schedule of a run in optimizer steps: rates are pure functions of the step."""
+
+    cfg: Config
+    lr: float
+    total_steps: int
+    warmup_steps: int
+
+    def at(self, step: int) -> tuple[float, float]:
+        """Return (learning rate, weight decay) of an optimizer step."""
+        cfg = self.cfg
+        lr = warmup_then(
+            cfg.schedule, step, peak=self.lr, end=cfg.min_lr, warmup_steps=self.warmup_steps, steps=self.total_steps
+        )
+        if cfg.weight_decay_end is None:
+            return lr, cfg.weight_decay
+        last = max(self.total_steps - 1, 0)
+        return lr, SHAPES["cosine"](step, start=cfg.weight_decay, end=cfg.weight_decay_end, steps=last)
+
+
+def resolve(cfg: Config, num_images: int) -> Rates:
+    """Turn durations and base rates of a recipe into steps and rates for a dataset of `num_images` images."""
+    if (cfg.lr is None) == (cfg.base_lr is None):
+        raise ConfigError(f"optim.lr={cfg.lr} and optim.base_lr={cfg.base_lr}: give exactly one of them")
+    if cfg.schedule not in SHAPES:
+        raise ConfigError(f"optim.schedule={cfg.schedule!r} is unknown; choose one of {', '.join(SHAPES)}")
+    if cfg.name != "adamw":
+        raise ConfigError(f"optim.name={cfg.name!r} is not offered; choose adamw")
+    if cfg.batch_size < 1:
+        raise ConfigError(f"optim.batch_size={cfg.batch_size} must be at least 1")
+    try:
+        total, warmup = (
+            to_steps(value, batch_size=cfg.batch_size, num_images=num_images, where=f"optim.{key}")
+            for key, value in (("length", cfg.length), ("warmup", cfg.warmup))
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if warmup > total:
+        raise ConfigError(f"optim.warmup={cfg.warmup!r} is {warmup} steps, longer than the run of {total} steps")
+    lr = cfg.lr if cfg.base_lr is None else cfg.base_lr * cfg.batch_size / 256
+    assert lr is not None
+    return Rates(cfg, lr, total, warmup)
+
+
+def parameter_groups(objective: nn.Module, cfg: Config) -> list[dict]:
+    """Split trainable parameters by decay and, with `layer_decay`, by depth; each group carries `lr_scale`."""
+    encoder = getattr(objective, "encoder", None)
+    undecayed = {f"encoder.{name}" for name in encoder.no_weight_decay()} if encoder is not None else set()
+    groups: dict[tuple[int, bool], dict] = {}
+    for name, parameter in objective.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decayed = parameter.ndim > 1 and name not in undecayed
+        top = encoder.depth + 1 if encoder is not None else 0
+        depth = encoder.depth_of(name.removeprefix("encoder.")) if name.startswith("encoder.") else top
+        scale = 1.0 if cfg.layer_decay is None else cfg.layer_decay ** (top - depth)
+        key = (depth if cfg.layer_decay is not None else 0, decayed)
+        group = groups.setdefault(key, {"params": [], "names": [], "lr_scale": scale, "decayed": decayed})
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return [groups[key] for key in sorted(groups)]
+
+
+def create(objective: nn.Module, cfg: Config) -> torch.optim.Optimizer:
+    """Build the optimizer; the loop sets its rates at every step with `set_rates`."""
+    groups = [{k: v for k, v in group.items() if k != "names"} for group in parameter_groups(objective, cfg)]
+    if not groups:
+        raise ConfigError("nothing to train: every parameter is frozen")
+    return create_optimizer_v2(groups, opt=cfg.name, lr=0.0, eps=cfg.eps, betas=tuple(cfg.betas), fused=True)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
+    """Write a step's learning rate and weight decay into the parameter groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+        group["weight_decay"] = weight_decay if group["decayed"] else 0.0

@@ -1,0 +1,508 @@
+"""The one program: wiring, then the one loop. Every recipe runs through it, whatever its objective.
+
+Accelerate does launch, device, mixed precision, wrapping and `backward`; only (model, optimizer) go through `prepare`.
+The loader does not: a prepared loader reads everything on rank 0 or drops (R-1)/R of the data. Accumulation is ours
+too: the loss is divided by the global batch, which makes the gradient independent of ranks and micro-batches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+
+import tokenizer as tokenizers
+from mim import __version__, build, checkpoint, config, optim
+from mim.config import ConfigError
+from mim.contracts import LoadedRun
+from mim.data import order, shards, stream
+from mim.log import Averages, Progress, RunLog, say, write_json
+from mim.schedules import to_steps
+
+
+@dataclass
+class Machine:
+    """Section `train`: how a run is executed. Nothing here changes what is learned, beyond rounding."""
+
+    run: str | None = None  # run directory; null: runs/<recipe name>
+    precision: str = "no"  # no (float32) | bf16 | fp16
+    cpu: bool = False  # stay on the CPU although there is a GPU
+    micro_batches: int = 1  # gradient accumulation: micro-batches per step and process
+    workers: int | None = None  # loader processes per rank; null: the CPUs of this process, shared among local ranks
+    log_every: str = "50 steps"
+    save_every: str = "1 epochs"
+    keep: int = 2  # newest checkpoints that stay, at least 2
+    cache_dir: str | None = None  # of shards made from image folders; null: ~/.cache/mimstream
+    trackers: list[str] = field(default_factory=list)  # accelerate's, e.g. [tensorboard]; log.jsonl is always written
+
+
+@dataclass
+class Config:
+    """A recipe. The first six sections are the experiment; `train` is the machine; `evals` only look."""
+
+    data: dict[str, Any]
+    objective: dict[str, Any]
+    optim: optim.Config
+    encoder: dict[str, Any] | None = None
+    mask: dict[str, Any] | None = None
+    tokenizer: dict[str, Any] | None = None
+    train: Machine = field(default_factory=Machine)
+    evals: dict[str, Any] = field(default_factory=dict)  # NAME: {every: "10 epochs", option: value}
+
+
+@dataclass
+class Job:
+    """What the loop works on."""
+
+    cfg: Config
+    run: Path
+    built: build.Built
+    rates: optim.Rates
+    dataset: shards.Dataset
+    sequence: order.Order
+    experiment: dict[str, Any]
+    accelerator: Accelerator
+    model: nn.Module  # the wrapped objective
+    optimizer: Any
+    ema: dict[str, Tensor]
+    recipe: str
+
+    @property
+    def objective(self) -> Any:
+        return self.accelerator.unwrap_model(self.model)
+
+
+EXPERIMENT = ("data", "mask", "encoder", "tokenizer", "objective", "optim")
+DONE, STOPPED = 0, 75  # exit codes
+Stop = Callable[[int], bool]
+
+
+def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop | None = None) -> int:
+    """Train a recipe; rerunning the same command resumes it. Returns the exit code: 0 done, 75 stopped and resumable.
+
+    `stop(step)` is asked after optimizer steps; by default it answers yes after SIGTERM or Ctrl-C.
+    """
+    # ---- recipe ------------------------------------------------------------------------------------------------------
+    cfg = config.typed(Config, config.read(recipe, overrides))
+    if cfg.train.precision not in ("no", "bf16", "fp16"):
+        raise ConfigError(f"train.precision={cfg.train.precision!r} is unknown; choose no, bf16 or fp16")
+    run = Path(cfg.train.run or f"runs/{Path(recipe).stem}").expanduser()
+
+    # ---- launch ------------------------------------------------------------------------------------------------------
+    accelerator = Accelerator(
+        cpu=cfg.train.cpu or not torch.accelerator.is_available(),
+        mixed_precision=cfg.train.precision,
+        log_with=cfg.train.trackers or None,
+        project_dir=str(run),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    main_rank = accelerator.is_main_process
+
+    # ---- data and networks -------------------------------------------------------------------------------------------
+    with accelerator.main_process_first():
+        dataset, _ = build.open_data(config.plain(cfg))
+    rates = optim.resolve(cfg.optim, len(dataset))
+    torch.manual_seed(cfg.optim.seed)
+    built = build.build(config.plain(cfg), dataset=dataset)
+    data = built.views.data
+    sequence = order.Order(
+        dataset.id, dataset.counts, seed=data.seed, lanes=data.lanes, window=data.window, repeats=data.repeats
+    )
+
+    # ---- run directory -----------------------------------------------------------------------------------------------
+    experiment = identity(built.sections, dataset)
+    resumed = find_resume(run, experiment, main_rank)
+    for line in describe(cfg, run, built, rates, dataset, accelerator):
+        say(line, main=main_rank)
+    if dry_run:
+        return DONE
+    accelerator.wait_for_everyone()
+    if main_rank:
+        open_run(run, recipe, built.sections, experiment)
+
+    # ---- model and optimizer -----------------------------------------------------------------------------------------
+    optimizer = optim.create(built.objective, cfg.optim)
+    model, optimizer = accelerator.prepare(built.objective, optimizer)
+    for network in built.frozen.values():
+        network.to(accelerator.device)
+    objective = accelerator.unwrap_model(model)
+    ema = {n: p.detach().clone() for n, p in objective.named_parameters() if p.requires_grad} if cfg.optim.ema else {}
+    name = Path(recipe).stem
+    job = Job(cfg, run, built, rates, dataset, sequence, experiment, accelerator, model, optimizer, ema, name)
+    state: dict[str, Any] = {"step": 0}
+    if resumed is not None:
+        state = checkpoint.restore(resumed, model, optimizer.optimizer, ema)
+        say(
+            f"resumed at step {state['step']} of {rates.total_steps}, position {state['position']} of the stream",
+            main=main_rank,
+        )
+    if cfg.train.trackers:
+        accelerator.init_trackers("mimstream")
+    with stop_signals() as signalled:
+        return fit(job, state, stop or signalled)
+
+
+def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
+    """Train from a saved state to the end, or until a stop is asked for. Returns the exit code."""
+    cfg, accelerator, model, optimizer = job.cfg, job.accelerator, job.model, job.optimizer
+    device, ranks, main_rank = accelerator.device, accelerator.num_processes, accelerator.is_main_process
+    start, total, batch_size = state["step"], job.rates.total_steps, cfg.optim.batch_size
+    objective = job.objective
+    every = intervals(job)
+    averages = Averages(state.get("averages") if main_rank else None)
+    fingerprint = state.get("fingerprint", 0) if main_rank else 0  # the ranks' shares are added when it is read
+    log = RunLog(job.run / "log.jsonl", start) if main_rank else None
+    progress_line = Progress(start, total, batch_size=batch_size, main=main_rank)
+    status(job, "running", start)
+    batches = iter(loader(job, start))
+    model.train()
+
+    for step in range(start + 1, total + 1):  # `step` counts committed updates: 1 after the first
+        lr, weight_decay = job.rates.at(step - 1)
+        optim.set_rates(optimizer, lr, weight_decay)
+        progress = torch.tensor((step - 1) / total, device=device)
+
+        # ---- gradient of one global batch ----------------------------------------------------------------------------
+        for micro in range(cfg.train.micro_batches):
+            waiting = time.perf_counter()
+            batch = next(batches)
+            progress_line.waited(time.perf_counter() - waiting)
+            seed_draws(cfg.optim.seed, step, accelerator.process_index, micro)
+            batch = stream.to_device(batch, device)
+            build.write_targets(job.built.frozen, batch)
+            last = micro == cfg.train.micro_batches - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                out = model(batch, progress)
+                accelerator.backward((out["loss"] * batch["weight"]).sum() * (ranks / batch_size))  # DDP takes the mean
+            averages.add(out, batch["weight"])
+            fingerprint = (fingerprint + batch["fingerprint"]) % stream.FINGERPRINT_MODULUS
+
+        # ---- update; skipped on the device when the gradient is not finite -------------------------------------------
+        norm = clip(accelerator, model, cfg.optim.clip_grad)
+        finite = torch.isfinite(norm)
+        if accelerator.scaler is None:
+            optimizer.optimizer.found_inf = (~finite).float()
+        optimizer.step()
+        optimizer.zero_grad()
+        averages.add_step({"grad_norm": torch.where(finite, norm, 0.0), "skipped": ~finite}, ranks)
+        if hasattr(objective, "after_step"):
+            objective.after_step(step, progress)
+        if job.ema:
+            weights = [p.detach() for n, p in objective.named_parameters() if n in job.ema]
+            torch._foreach_lerp_(list(job.ema.values()), weights, 1 - cfg.optim.ema)
+        progress_line.advance()
+
+        # ---- log, look, save -----------------------------------------------------------------------------------------
+        ending = step == total
+        logging = ending or step % every["log"] == 0
+        stopping = agree(stop(step), ranks) if ranks == 1 or logging else False
+        if logging:
+            values: dict[str, Any] = averages.read(add_over_ranks)
+            values |= {"lr": lr, "weight_decay": weight_decay, "epoch": step * batch_size / len(job.dataset)}
+            values |= progress_line.rates(step)
+            fingerprint = total_fingerprint(fingerprint, device, main_rank)
+            progress_line.show(step, values)
+            accelerator.log(values, step=step)
+            if log is not None:
+                log.write("train", step, **values, position=step * batch_size, fingerprint=f"{fingerprint:016x}")
+        for name in cfg.evals:
+            if ending or step % every[name] == 0:
+                look(job, name, step, log)
+        if stopping or ending or step % every["save"] == 0:
+            fingerprint = total_fingerprint(fingerprint, device, main_rank)
+            save(job, step, fingerprint, averages)
+        if stopping and not ending:
+            break
+
+    progress_line.close()
+    code = DONE if start == total or step == total else STOPPED
+    status(job, "done" if code == DONE else "stopped", total if code == DONE else step)
+    last_words = f"done: {job.run}" if code == DONE else f"stopped at step {step}; the same command resumes"
+    say(last_words, main=main_rank)
+    if cfg.train.trackers:
+        accelerator.end_training()
+    return code
+
+
+# ---- data and draws ------------------------------------------------------------------------------
+
+
+def loader(job: Job, start: int) -> Any:
+    """Micro-batches of this rank from a step on, in order, `micro_batches` per step."""
+    cfg, accelerator, built = job.cfg, job.accelerator, job.built
+    return stream.loader(
+        job.dataset,
+        order=job.sequence,
+        view=built.views.train,
+        sizes=built.views.sizes,
+        mask=built.views.mask,
+        channels=built.views.data.channels,
+        batch_size=cfg.optim.batch_size,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        micro_batches=cfg.train.micro_batches,
+        position=start * cfg.optim.batch_size,
+        num_steps=job.rates.total_steps - start,
+        workers=num_workers(cfg.train.workers),
+        pin_memory=accelerator.device.type == "cuda",
+    )
+
+
+def num_workers(asked: int | None) -> int:
+    """Loader processes of this rank: as asked, else the allowed CPUs shared among the ranks of this node."""
+    if asked is not None:
+        return asked
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(len(os.sched_getaffinity(0)) // local_ranks, 16))
+
+
+def seed_draws(seed: int, step: int, rank: int, micro: int) -> None:
+    """Seed the default generators, from which drop path and dropout draw, by name: resume needs no generator state."""
+    name = f"draws/{seed}/{step}/{rank}/{micro}".encode()
+    torch.manual_seed(int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "big"))
+
+
+# ---- update --------------------------------------------------------------------------------------
+
+
+def clip(accelerator: Accelerator, model: nn.Module, max_norm: float | None) -> Tensor:
+    """Clip the gradient to a norm, if one is given; return its norm before that (0-d)."""
+    if max_norm is not None:
+        return accelerator.clip_grad_norm_(model.parameters(), max_norm)
+    accelerator.unscale_gradients()
+    return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+
+
+def add_over_ranks(value: Tensor) -> Tensor:
+    """Sum of a tensor over all ranks."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
+def total_fingerprint(share: int, device: torch.device, main_rank: bool) -> int:
+    """Add the ranks' shares of the stream fingerprint; the main rank keeps the sum, the others start again at 0."""
+    if not dist.is_initialized():
+        return share
+    total = int(add_over_ranks(torch.tensor(share, dtype=torch.int64, device=device)))  # wraps modulo 2**64
+    return total % stream.FINGERPRINT_MODULUS if main_rank else 0
+
+
+def agree(stopping: bool, ranks: int) -> bool:
+    """True on every rank when it is true on one."""
+    if ranks == 1:
+        return stopping
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    return bool(add_over_ranks(torch.tensor(int(stopping), device=device)))
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """Turn SIGTERM and SIGINT into a request to save and stop; a second one acts at once."""
+    received: list[int] = []
+    previous = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def on_signal(number: int, _frame: Any) -> None:
+        received.append(number)
+        say(f"{signal.Signals(number).name}: saving at the next step, then stopping; send it again to stop at once")
+        signal.signal(number, previous[signal.Signals(number)])
+
+    for number in previous:
+        signal.signal(number, on_signal)
+    try:
+        yield lambda _step: bool(received)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+# ---- log, look, save -----------------------------------------------------------------------------
+
+
+def intervals(job: Job) -> dict[str, int]:
+    """Steps between logs, saves and each evaluation."""
+    cfg = job.cfg
+    durations = {"log": cfg.train.log_every, "save": cfg.train.save_every}
+    for name, section in cfg.evals.items():
+        config.component("mim.evals", eval_section(name, section), f"evals.{name}")
+        durations[name] = section["every"]
+    where = {"log": "train.log_every", "save": "train.save_every"}
+    steps = {}
+    for name, duration in durations.items():
+        key = where.get(name, f"evals.{name}.every")
+        try:
+            num = to_steps(duration, batch_size=cfg.optim.batch_size, num_images=len(job.dataset), where=key)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        steps[name] = max(num, 1)
+    return steps
+
+
+def eval_section(name: str, section: Any) -> dict[str, Any]:
+    """The component section of `evals: {NAME: {every: DURATION, option: value}}`."""
+    if not isinstance(section, dict) or "every" not in section:
+        raise ConfigError(f"evals.{name}.every is missing; write e.g. evals.{name}.every='10 epochs'")
+    return {"name": name, **{key: value for key, value in section.items() if key != "every"}}
+
+
+def look(job: Job, name: str, step: int, log: RunLog | None) -> None:
+    """Run one evaluation on the main rank, with averaged weights if there are any, and log what it yields."""
+    if job.accelerator.is_main_process:
+        module, cfg = config.component("mim.evals", eval_section(name, job.cfg.evals[name]), f"evals.{name}")
+        with averaged(job) as objective:
+            loaded = LoadedRun(
+                objective, objective.encoder, job.built.frozen, job.built.views, job.built.sections, step, job.run
+            )
+            numbers, pictures = record(module.run(loaded, cfg), job.run / "pictures", step)
+        shown = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())
+        say(f"step {step}/{job.rates.total_steps}  {name}: {shown or ', '.join(pictures.values())}")
+        job.accelerator.log({f"{name}/{key}": value for key, value in numbers.items()}, step=step)
+        if log is not None:
+            log.write("eval", step, eval=name, **numbers, **pictures)
+    job.accelerator.wait_for_everyone()
+
+
+def record(values: Any, folder: Path, step: int) -> tuple[dict[str, float], dict[str, str]]:
+    """Split what an evaluation yields into numbers and pictures; pictures are written as PNG."""
+    numbers, pictures = {}, {}
+    for key, value in values:
+        if hasattr(value, "save"):
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"{key}-{step:08d}.png"
+            value.save(path)
+            pictures[key] = str(path)
+        else:
+            numbers[key] = float(value)
+    return numbers, pictures
+
+
+@contextlib.contextmanager
+def averaged(job: Job) -> Iterator[Any]:
+    """The objective in evaluation mode, with the averaged weights in place while the block runs."""
+    objective = job.objective
+    swapped = {n: p for n, p in objective.named_parameters() if n in job.ema}
+    kept = {name: parameter.detach().clone() for name, parameter in swapped.items()}
+    with torch.no_grad():
+        for name, parameter in swapped.items():
+            parameter.copy_(job.ema[name])
+    job.model.eval()
+    try:
+        with torch.no_grad():
+            yield objective
+    finally:
+        with torch.no_grad():
+            for name, parameter in swapped.items():
+                parameter.copy_(kept[name])
+        job.model.train()
+
+
+def save(job: Job, step: int, fingerprint: int, averages: Averages) -> None:
+    """Write a checkpoint (all ranks)."""
+    state = {
+        "position": step * job.cfg.optim.batch_size,
+        "fingerprint": fingerprint,
+        "averages": averages.state(add_over_ranks),
+        "order": job.sequence.identity(),
+        "experiment": config.digest(job.experiment),
+        "versions": {"mimstream": __version__, "torch": torch.__version__},
+    }
+    tensors = checkpoint.gather_tensors(job.model, job.optimizer.optimizer, job.ema)
+    checkpoint.save(
+        job.run, step, tensors, state, keep=job.cfg.train.keep, write_extra=lambda folder: write_tokenizer(job, folder)
+    )
+    status(job, "running", step)
+
+
+def write_tokenizer(job: Job, folder: Path) -> None:
+    """Add the tokenizer's own files to the checkpoint of a tokenizer run."""
+    with averaged(job) as objective:
+        if getattr(objective, "tokenizer", None) is None:
+            return
+        section = job.built.sections["tokenizer"]
+        options = {key: value for key, value in section.items() if key != "name"}
+        tokenizers.save(objective.tokenizer, folder, name=section["name"], config=options, card=objective.card())
+
+
+def status(job: Job, state: str, step: int) -> None:
+    """Write status.json, which launch scripts read."""
+    if job.accelerator.is_main_process:
+        value = {"state": state, "step": step, "of": job.rates.total_steps, "recipe": job.recipe}
+        write_json(job.run / "status.json", value)
+
+
+# ---- run directory and start lines ---------------------------------------------------------------
+
+
+def identity(sections: dict[str, Any], dataset: shards.Dataset) -> dict[str, Any]:
+    """What is learned: the experiment sections without paths, the dataset's id and the frozen tokenizer's hash."""
+    found = {name: config.plain(sections.get(name)) for name in EXPERIMENT}
+    looks = ("path", "val_path", "eval_view", "labels_from_folders", "val_ratio")
+    found["data"] = {key: value for key, value in found["data"].items() if key not in looks}
+    found["dataset_id"] = dataset.id
+    if sections.get("encoder") is not None and sections.get("tokenizer") is not None:
+        folder = Path(sections["tokenizer"]["path"])
+        files = (folder / "tokenizer.json", folder / "tokenizer.safetensors")
+        found["tokenizer"] = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return found
+
+
+def find_resume(run: Path, experiment: dict[str, Any], main_rank: bool) -> Path | None:
+    """The checkpoint to resume from; None for a fresh run. A run of another experiment is refused with a diff."""
+    if not (run / "config.yaml").is_file():
+        if run.is_dir() and any(run.iterdir()):
+            raise ConfigError(f"train.run={run} is a folder with other files; choose a new or empty one")
+        return None
+    changed = config.difference(checkpoint.read_config(run)["experiment"], experiment)
+    if changed:
+        raise ConfigError(
+            f"{run} holds another experiment; choose another train.run, or restore what changed:\n  "
+            + "\n  ".join(changed)
+        )
+    return checkpoint.newest(run, report=lambda line: say(line, main=main_rank))
+
+
+def open_run(run: Path, recipe: str, sections: dict[str, Any], experiment: dict[str, Any]) -> None:
+    """Create the run directory and write its resolved recipe."""
+    run.mkdir(parents=True, exist_ok=True)
+    temporary = run / ".config.yaml.tmp"
+    saved = {"format": checkpoint.FORMAT, "recipe": recipe, **sections, "experiment": experiment}
+    temporary.write_text(config.to_yaml(saved))
+    temporary.replace(run / "config.yaml")
+
+
+def describe(
+    cfg: Config, run: Path, built: build.Built, rates: optim.Rates, dataset: shards.Dataset, accelerator: Accelerator
+) -> list[str]:
+    """The start lines: what is really used, not what was asked for."""
+    device = accelerator.device
+    with accelerator.autocast():
+        probe = torch.ones(8, 8, device=device)
+        matmul = str((probe @ probe).dtype).removeprefix("torch.")
+    ranks, micro = accelerator.num_processes, cfg.train.micro_batches
+    rows = order.Plan(built.views.data.repeats, cfg.optim.batch_size, world=ranks, micro_batches=micro).micro_size
+    count = sum(p.numel() for p in built.objective.parameters() if p.requires_grad) / 1e6
+    inside = sum(p.numel() for p in built.encoder.parameters()) / 1e6 if built.encoder is not None else 0.0
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    epoch = len(dataset) / cfg.optim.batch_size
+    objective = built.sections["objective"]["name"]
+    return [
+        f"{objective} -> {run}: {count:.2f} M trained parameters" + (f", encoder {inside:.2f} M" if inside else ""),
+        f"device {name}, matmul in {matmul}, {ranks} rank{'s' * (ranks > 1)}, "
+        f"batch {cfg.optim.batch_size} = {ranks} x {micro} micro-batch{'es' * (micro > 1)} of {rows}, "
+        f"{num_workers(cfg.train.workers)} loader workers per rank",
+        f"data {dataset.path}: {len(dataset)} images in {len(dataset.counts)} shards, views {built.views.sizes}",
+        f"1 epoch = {len(dataset)} images = {epoch:.1f} steps; run = {rates.total_steps} steps; "
+        f"learning rate {rates.lr:.3g} after {rates.warmup_steps} steps of warm-up",
+    ]

@@ -1,0 +1,82 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mim.data import augment
+from mim.data.augment import Box, center, crop, gray_center, gray_crop
+from mim.data.order import rng
+
+RAMP = torch.stack(torch.meshgrid(torch.arange(200), torch.arange(250), indexing="ij")).to(torch.uint8)
+IMAGE = torch.cat([RAMP, RAMP[:1]]).permute(1, 2, 0).contiguous().permute(2, 0, 1)  # rows, columns, rows
+VIEWS = [crop, center, gray_crop, gray_center]
+
+
+def name(sample):
+    return rng("view", 0, 0, sample)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_views_are_uint8_of_the_asked_sizes_and_a_function_of_the_generator(view, channels):
+    sizes = [(32, 48), (16, 24)]
+    first, again = view(IMAGE[:channels], name(1), sizes), view(IMAGE[:channels], name(1), sizes)
+    assert [tuple(v.shape) for v in first] == [(channels, 32, 48), (channels, 16, 24)]
+    assert all(v.dtype == torch.uint8 for v in first)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_both_sizes_show_the_same_box_and_flip(view):
+    for sample in range(20):
+        large, small = view(IMAGE, name(sample), [(64, 64), (32, 32)])
+        pooled = torch.nn.functional.avg_pool2d(large.float(), 2)
+        assert (pooled - small)[:, 2:-2, 2:-2].abs().max() <= 3
+
+
+def test_crop_covers_the_asked_area_and_aspect():
+    areas, aspects, flips = [], [], 0
+    for sample in range(300):
+        box = augment._random_box(200, 250, name(sample), (0.2, 1.0), (3 / 4, 4 / 3))
+        areas.append(box.h * box.w / (200 * 250))
+        aspects.append(box.w / box.h)
+        assert 0 <= box.top <= 200 - box.h
+        assert 0 <= box.left <= 250 - box.w
+        (view,) = crop(IMAGE, name(sample), [(8, 8)])
+        flips += int(view[1, 4, 0]) > int(view[1, 4, -1])
+    assert 0.19 < min(areas) < 0.25
+    assert max(areas) > 0.85
+    assert 0.74 < min(aspects) < 0.8
+    assert 1.25 < max(aspects) < 1.35
+    assert 100 < flips < 200
+
+
+def test_an_extreme_aspect_falls_back_to_the_centre():
+    box = augment._random_box(1, 1000, name(0), (0.9, 1.0), (3 / 4, 4 / 3))
+    assert box == Box(0, 499, 1, 1) or box == Box(0, 500, 1, 1)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 1)])
+def test_tiny_images_have_views(view, shape):
+    assert view(torch.zeros(3, *shape, dtype=torch.uint8), name(0), [(16, 16)])[0].shape == (3, 16, 16)
+
+
+def test_center_keeps_an_image_of_the_asked_size_untouched():
+    (view,) = center(IMAGE, name(0), [(200, 250)], crop_ratio=1.0)
+    assert torch.equal(view, IMAGE)
+
+
+def test_center_frames_like_resize_then_crop():
+    (view,) = center(IMAGE, name(0), [(64, 64)], crop_ratio=0.8)
+    box = (45, 20, 205, 180)  # the middle 160 x 160
+    pillow = Image.fromarray(IMAGE.permute(1, 2, 0).numpy()).resize((64, 64), Image.Resampling.BICUBIC, box=box)
+    assert np.abs(view.permute(1, 2, 0).numpy().astype(int) - np.asarray(pillow)).max() <= 1
+
+
+def test_the_photometric_change_is_gray_varied_and_keyed_by_the_sample():
+    views = [gray_center(IMAGE, name(sample), [(32, 32)])[0] for sample in range(40)]
+    assert all(torch.equal(view[0], view[1]) for view in views)
+    inverted = [int(view[0, 4, 16]) > int(view[0, 28, 16]) for view in views]  # the ramp brightens downwards
+    assert 8 < sum(inverted) < 32
+    assert len({float(view.float().mean()) for view in views}) == 40

@@ -1,0 +1,209 @@
+import functools
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mim.contracts import DataError
+from mim.data import stream
+from mim.data.augment import center, crop
+from mim.data.decode import decode
+from mim.data.make import make
+from mim.data.order import Order
+from mim.data.shards import Dataset
+from mim.data.stream import evaluate, loader
+
+SIZES = [(16, 24), (8, 12)]
+
+
+def mask_quarter(rng):
+    return rng.permutation(12) < 3
+
+
+def mask_ragged(rng):
+    return rng.random(12) < 0.5
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """23 noise images in 3 classes and 4 uneven shards."""
+    root = tmp_path_factory.mktemp("stream")
+    rng = np.random.default_rng(0)
+    for i in range(23):
+        path = root / "in" / "abc"[i % 3] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20 + i, 40, 3), dtype=np.uint8)).save(path)
+    make(root / "in", root / "out", labels_from_folders=True, shard_size=7, workers=1)
+    return Dataset.open(root / "out")
+
+
+def order_of(dataset, **changes):
+    return Order(dataset.id, dataset.counts, **{"seed": 5, "lanes": 2, "window": 5} | changes)
+
+
+def batches(dataset, order=None, **options):
+    defaults = {"view": crop, "sizes": SIZES, "mask": mask_quarter, "batch_size": 8, "num_steps": 6}
+    return list(loader(dataset, order=order or order_of(dataset), **defaults | options))
+
+
+def global_batches(dataset, world, micro_batches=1, **options):
+    """Per step, the real rows of all ranks: {key and draw: contents}, and the summed fingerprint."""
+    per_rank = [
+        batches(dataset, rank=rank, world=world, micro_batches=micro_batches, **options) for rank in range(world)
+    ]
+    steps = []
+    for step in range(options.get("num_steps", 6)):
+        rows, fingerprint = {}, 0
+        for ours in per_rank:
+            for batch in ours[step * micro_batches : (step + 1) * micro_batches]:
+                fingerprint = (fingerprint + batch["fingerprint"]) % 2**63
+                for i in torch.nonzero(batch["weight"]).flatten().tolist():
+                    name = (batch["keys"][i], int(batch["noise"][i]))
+                    assert name not in rows
+                    fields = ("images", "tokenizer_images", "mask", "labels")
+                    rows[name] = tuple(batch[field][i].numpy().tobytes() for field in fields)
+        steps.append((rows, fingerprint))
+    return steps
+
+
+@pytest.fixture(scope="module")
+def expected(dataset):
+    return global_batches(dataset, world=1)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores is the point
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_the_number_of_workers_changes_nothing(dataset, expected, workers):
+    assert global_batches(dataset, world=1, workers=workers) == expected
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_global_batches_are_the_same_for_any_split(dataset, expected, world, micro_batches):
+    assert global_batches(dataset, world, micro_batches) == expected
+
+
+@pytest.mark.parametrize("start", [1, 2, 5])
+@pytest.mark.parametrize(("world", "workers"), [(1, 1), (3, 0)])
+def test_resuming_continues_the_same_stream(dataset, expected, start, world, workers):
+    resumed = global_batches(dataset, world, position=start * 8, num_steps=6 - start, workers=workers)
+    assert resumed == expected[start:]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_every_sample_comes_once_per_epoch(dataset, world):
+    steps = global_batches(dataset, world, batch_size=23, num_steps=3)
+    epochs = [sorted(key for key, _ in rows) for rows, _ in steps]
+    assert epochs[0] == epochs[1] == epochs[2]
+    assert len(set(epochs[0])) == 23
+
+
+def test_epochs_and_draws_see_other_crops_and_masks(dataset):
+    order = order_of(dataset, repeats=2)
+    seen = {}
+    for batch in batches(dataset, order, batch_size=46, num_steps=2):
+        for key, image, mask, noise in zip(batch["keys"], batch["images"], batch["mask"], batch["noise"], strict=True):
+            seen.setdefault(key, []).append((image.numpy().tobytes(), mask.numpy().tobytes(), int(noise)))
+    for draws in seen.values():
+        assert len({image for image, _, _ in draws}) == 4  # 2 epochs x 2 draws
+        assert len({noise for _, _, noise in draws}) == 4
+    assert sum(len({mask for _, mask, _ in draws}) for draws in seen.values()) > 3 * 23
+
+
+def test_draws_of_a_sample_are_decoded_once(dataset, monkeypatch):
+    decoded = []
+    monkeypatch.setattr(stream, "decode", lambda data, channels: decoded.append(1) or decode(data, channels))
+    batches(dataset, order_of(dataset, repeats=4), batch_size=8, num_steps=3)
+    assert len(decoded) == 6
+
+
+def test_batches_hold_what_the_contract_says(dataset):
+    (batch,) = batches(dataset, num_steps=1, batch_size=8)
+    assert batch["images"].shape == (8, 3, 16, 24)
+    assert batch["tokenizer_images"].shape == (8, 3, 8, 12)
+    assert batch["images"].dtype == torch.uint8
+    assert batch["mask"].shape == (8, 12)
+    assert batch["mask"].dtype == torch.bool
+    assert batch["num_masked"] == 3
+    assert batch["weight"].tolist() == [1.0] * 8
+    assert batch["noise"].min() >= 0
+    assert batch["position"] == 8
+    assert batch["epoch"] == 0
+    classes = [key.split("/")[1] for key in batch["keys"]]
+    assert [dataset.classes[label] for label in batch["labels"]] == classes
+
+
+def test_padding_copies_a_real_row_with_weight_zero(dataset):
+    first, second = batches(dataset, batch_size=3, world=1, micro_batches=2, num_steps=1)
+    assert first["weight"].tolist() == [1, 1]
+    assert second["weight"].tolist() == [1, 0]
+    for field in ("images", "tokenizer_images", "mask", "labels", "noise"):
+        assert torch.equal(second[field][1], second[field][0])
+    assert second["keys"][0] == second["keys"][1]
+    assert first["position"] == second["position"] == 3
+
+
+def test_a_rank_without_rows_gets_a_batch_of_weight_zero(dataset):
+    order = order_of(dataset, repeats=4)
+    ranks = [batches(dataset, order, batch_size=4, rank=rank, world=2, num_steps=2) for rank in range(2)]
+    assert [[int(batch["weight"].sum()) for batch in rank] for rank in ranks] == [[4, 0], [0, 4]]
+    assert ranks[1][0]["images"].shape == (4, 3, 16, 24)
+    assert ranks[1][0]["fingerprint"] == 0
+
+
+def test_masks_must_have_one_count(dataset):
+    with pytest.raises(ValueError, match=r"masks .* to .* patches; one count is needed"):
+        batches(dataset, mask=mask_ragged)
+
+
+def test_optional_fields_are_left_out(dataset):
+    (batch,) = batches(dataset, mask=None, sizes=SIZES[:1], num_steps=1)
+    assert not {"mask", "num_masked", "tokenizer_images"} & set(batch)
+
+
+def test_options_of_the_view_and_channels_reach_the_pixels(dataset):
+    (batch,) = batches(dataset, view=functools.partial(crop, scale=[1.0, 1.0], hflip=0.0), channels=1, num_steps=1)
+    assert batch["images"].shape == (8, 1, 16, 24)
+
+
+def test_reading_data_leaves_the_models_random_state_alone(dataset):
+    before = torch.random.get_rng_state()
+    batches(dataset, workers=1, num_steps=1)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sample_that_cannot_be_decoded_is_named(dataset, monkeypatch, workers):
+    monkeypatch.setattr("mim.data.decode.MAX_PIXELS", 10)
+    with pytest.raises(DataError, match=r"shard-0000\d\.tar/.*pixels"):
+        batches(dataset, workers=workers)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_sees_every_sample_once_in_the_order_of_the_lock(dataset, workers):
+    found = list(evaluate(dataset, view=center, sizes=SIZES[:1], batch_size=8, workers=workers))
+    assert [len(batch["keys"]) for batch in found] == [8, 8, 7]
+    keys = list(itertools.chain.from_iterable(batch["keys"] for batch in found))
+    assert keys == [dataset.read(s, r).key for s, count in enumerate(dataset.counts) for r in range(count)]
+    assert all((batch["weight"] == 1).all() for batch in found)
+
+
+def test_a_limited_evaluation_is_the_same_subset_with_the_same_pixels(dataset):
+    whole = {}
+    for batch in evaluate(dataset, view=crop, sizes=SIZES, batch_size=5, mask=mask_quarter):
+        whole |= zip(batch["keys"], zip(batch["images"], batch["mask"], strict=True), strict=True)
+    limited = list(evaluate(dataset, view=crop, sizes=SIZES, batch_size=4, mask=mask_quarter, limit=9))
+    assert [len(batch["keys"]) for batch in limited] == [4, 4, 1]
+    for batch in limited:
+        for key, image, mask in zip(batch["keys"], batch["images"], batch["mask"], strict=True):
+            assert torch.equal(image, whole[key][0])
+            assert torch.equal(mask, whole[key][1])
+
+
+def test_the_config_section_reads_sizes_as_number_or_pair():
+    from mim.config import typed
+
+    assert typed(stream.Config, {"path": "x"}).image_size == 224
+    assert typed(stream.Config, {"path": "x", "image_size": [16, 24]}).image_size == [16, 24]
