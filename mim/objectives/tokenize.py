@@ -24,6 +24,8 @@ class Tokenize(nn.Module):
     per_micro_batch = False
     reads = ("images", "noise")
 
+    tokenizer: Any
+
     # Integers, so that they are the same for any split of the batch and after any resume.
     epoch: Tensor  # 0-d, epoch that is being counted
     counts: Tensor  # (V,) codes of that epoch so far

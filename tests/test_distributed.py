@@ -1,0 +1,54 @@
+"""Two processes give the losses of one, launched as users launch them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.test_train import dataset, lines, recipe, run, tensors  # noqa: F401  (dataset is a fixture)
+
+ROOT = Path(__file__).parent.parent
+
+
+def torchrun(path: str, folder: Path, *overrides: str, ranks: int = 2) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks),
+               "-m", "mim", "train", path, f"train.run={folder}", "train.cpu=true", *overrides]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("kind", ["mae", "dvae"])
+def test_two_processes_give_the_losses_of_one(dataset, tmp_path, kind):  # noqa: F811
+    changes = {"encoder__drop_path_rate": 0.0} if kind == "mae" else {}
+    path = recipe(dataset, tmp_path, kind, **changes)
+    run(path, tmp_path / "one")
+    launched = torchrun(path, tmp_path / "two")
+    assert launched.returncode == 0, launched.stderr
+    one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
+    assert [entry["fingerprint"] for entry in two] == [entry["fingerprint"] for entry in one]
+    for name in ("loss", "grad_norm", *(["perplexity", "usage"] if kind == "dvae" else [])):
+        assert [entry[name] for entry in two] == pytest.approx([entry[name] for entry in one], abs=1e-5), name
+
+
+def test_a_run_of_two_processes_resumes_on_one_and_back(dataset, tmp_path):  # noqa: F811
+    """With 7 images a step over 2 ranks the shares differ, so padding is at work too."""
+    path = recipe(dataset, tmp_path, encoder__drop_path_rate=0.0, optim__batch_size=7)
+    run(path, tmp_path / "one")
+    run(path, tmp_path / "mixed", stop_at=3)
+    assert torchrun(path, tmp_path / "mixed").returncode == 0
+    assert lines(tmp_path / "mixed")[-1]["loss"] == pytest.approx(lines(tmp_path / "one")[-1]["loss"], abs=1e-5)
+    one, mixed = tensors(tmp_path / "one"), tensors(tmp_path / "mixed")
+    assert one.keys() == mixed.keys()
+    for name, value in one.items():
+        if not name.endswith("qkv.bias"):  # the key bias has no gradient; Adam makes steps of its rounding noise
+            assert mixed[name].float().allclose(value.float(), atol=1e-5), name
+
+
+def test_a_wrong_batch_size_is_one_sentence_on_two_processes(dataset, tmp_path):  # noqa: F811
+    path = recipe(dataset, tmp_path)
+    failed = torchrun(path, tmp_path / "run", "optim.batch_size=3", "train.micro_batches=2")
+    assert "optim.batch_size=3 is smaller than 2 processes x 2 micro-batches; use at least 4" in failed.stderr
+    assert not (tmp_path / "run").exists()
+    assert failed.returncode == 1  # what torchrun makes of every failure

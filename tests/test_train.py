@@ -1,0 +1,218 @@
+"""The loop: stopping at any step and rerunning changes nothing, whatever the number of workers or micro-batches."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from mim import checkpoint, train
+from mim.config import ConfigError, to_yaml
+from mim.data.make import make
+
+STEPS = 7
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    """23 labelled images in uneven shards: batches of 6 straddle epochs."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(23):
+        path = root / f"class{i % 2}" / f"{i:03d}.png"
+        path.parent.mkdir(exist_ok=True)
+        pixels = np.kron(rng.integers(0, 256, (4, 4, 3)), np.ones((5, 5, 1))).astype(np.uint8)
+        Image.fromarray(pixels).save(path)
+    out = tmp_path_factory.mktemp("shards") / "dataset"
+    make(root, out, labels_from_folders=True, shard_size=5, workers=1)
+    return out
+
+
+def recipe(dataset: Path, folder: Path, kind: str = "mae", **changes) -> str:
+    """Write a tiny recipe and return its path."""
+    sections = {
+        "data": {"path": str(dataset), "image_size": 16, "view": {"name": "crop"}},
+        "mask": {"name": "random", "ratio": 0.75},
+        "encoder": {"name": "vit", "model": "vit_tiny_patch16_224", "width": 24, "depth": 2, "num_heads": 2,
+                    "patch_size": 4, "layer_scale": 0.1, "drop_path_rate": 0.2},
+        "objective": {"name": "mae", "decoder_width": 16, "decoder_depth": 1, "decoder_num_heads": 2},
+        "optim": {"batch_size": 6, "length": f"{STEPS} steps", "warmup": "2 steps", "lr": 3e-3, "ema": 0.9,
+                  "clip_grad": 1.0, "weight_decay_end": 0.2},
+        "train": {"log_every": "2 steps", "save_every": "3 steps", "workers": 0},
+    }  # fmt: skip
+    if kind == "dvae":
+        sections = {key: sections[key] for key in ("data", "optim", "train")}
+        sections["tokenizer"] = {"name": "dvae", "num_codes": 16, "width": 8, "num_groups": 3, "blocks_per_group": 1,
+                                 "n_init": 8}  # fmt: skip
+        sections["objective"] = {"name": "tokenize"}
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        sections[section][name] = value
+    path = folder / f"{kind}.yaml"
+    path.write_text(to_yaml(sections))
+    return str(path)
+
+
+def run(path: str, folder: Path, *overrides: str, stop_at: int | None = None) -> int:
+    stop = (lambda step: step == stop_at) if stop_at is not None else None
+    return train.main(path, [f"train.run={folder}", *overrides], stop=stop)
+
+
+def lines(folder: Path) -> list[dict]:
+    """Log lines without what depends on the clock."""
+    timing = ("images_per_s", "data_wait", "eta_s")
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in entry.items() if key not in timing} for entry in entries]
+
+
+def tensors(folder: Path) -> dict:
+    """Weights, average and optimizer of the newest checkpoint."""
+    found = {}
+    for file in sorted((checkpoint.newest(folder) / "tensors").glob("*.safetensors")):
+        found |= load_file(file)
+    return found
+
+
+def assert_same(folder: Path, reference: Path) -> None:
+    assert lines(folder) == lines(reference)
+    mine, theirs = tensors(folder), tensors(reference)
+    assert mine.keys() == theirs.keys()
+    assert any(name.startswith("optimizer.") for name in mine)
+    assert any(name.startswith("ema.") for name in mine)
+    for name, value in theirs.items():
+        assert mine[name].equal(value), name
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(dataset, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("reference")
+    assert run(recipe(dataset, folder), folder / "run") == train.DONE
+    return folder / "run"
+
+
+@pytest.mark.parametrize("stop_at", range(1, STEPS))
+def test_a_run_stopped_at_any_step_and_rerun_equals_one_never_stopped(dataset, tmp_path, uninterrupted, stop_at):
+    path = recipe(dataset, tmp_path)
+    assert run(path, tmp_path / "run", stop_at=stop_at) == train.STOPPED
+    assert run(path, tmp_path / "run") == train.DONE
+    assert_same(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_number_of_workers_changes_nothing_even_at_a_resume(dataset, tmp_path, uninterrupted, workers):
+    path = recipe(dataset, tmp_path)
+    assert run(path, tmp_path / "run", f"train.workers={workers}", stop_at=3) == train.STOPPED
+    assert run(path, tmp_path / "run", "train.workers=1") == train.DONE
+    assert_same(tmp_path / "run", uninterrupted)
+
+
+def test_a_run_with_gradient_accumulation_resumes_bit_for_bit(dataset, tmp_path):
+    path = recipe(dataset, tmp_path, train__micro_batches=2)
+    run(path, tmp_path / "whole")
+    run(path, tmp_path / "stopped", stop_at=5)
+    run(path, tmp_path / "stopped")
+    assert_same(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_accumulation_gives_the_losses_of_one_batch(dataset, tmp_path):
+    path = recipe(dataset, tmp_path, encoder__drop_path_rate=0.0)
+    for micro_batches in (1, 2, 3):
+        run(path, tmp_path / str(micro_batches), f"train.micro_batches={micro_batches}")
+    whole = [entry["loss"] for entry in lines(tmp_path / "1")]
+    for micro_batches in (2, 3):
+        assert [e["loss"] for e in lines(tmp_path / str(micro_batches))] == pytest.approx(whole, abs=1e-5)
+
+
+def test_a_tokenizer_run_resumes_bit_for_bit_with_its_code_statistics(dataset, tmp_path):
+    path = recipe(dataset, tmp_path, "dvae")
+    run(path, tmp_path / "whole")
+    run(path, tmp_path / "stopped", stop_at=5)
+    run(path, tmp_path / "stopped")
+    assert_same(tmp_path / "stopped", tmp_path / "whole")
+    assert "perplexity" in lines(tmp_path / "whole")[-1]
+
+
+def test_a_killed_run_falls_back_to_its_newest_valid_checkpoint_and_says_why(dataset, tmp_path, uninterrupted, capsys):
+    path = recipe(dataset, tmp_path)
+    run(path, tmp_path / "run", stop_at=5)
+    shard = next((tmp_path / "run/checkpoints/step-00000005/tensors").glob("*.safetensors"))
+    damaged = bytearray(shard.read_bytes())
+    damaged[-3] ^= 4
+    shard.write_bytes(damaged)
+    capsys.readouterr()
+    run(path, tmp_path / "run")
+    said = capsys.readouterr().err
+    assert "step-00000005 is rejected" in said
+    assert "does not match its hash" in said
+    assert "resumed at step 3" in said
+    assert_same(tmp_path / "run", uninterrupted)
+
+
+def test_a_finished_run_that_is_rerun_only_says_so(dataset, tmp_path, uninterrupted):
+    path = recipe(dataset, tmp_path)
+    run(path, tmp_path / "run")
+    before = (tmp_path / "run" / "log.jsonl").read_bytes()
+    assert run(path, tmp_path / "run") == train.DONE
+    assert (tmp_path / "run" / "log.jsonl").read_bytes() == before
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"
+
+
+def test_another_experiment_in_the_same_run_directory_is_refused_with_a_diff(dataset, tmp_path):
+    path = recipe(dataset, tmp_path)
+    run(path, tmp_path / "run", stop_at=2)
+    with pytest.raises(ConfigError, match=r"optim\.lr: 0\.003 -> 0\.1"):
+        run(path, tmp_path / "run", "optim.lr=0.1")
+
+
+def test_the_machine_may_change_between_runs(dataset, tmp_path):
+    path = recipe(dataset, tmp_path)
+    run(path, tmp_path / "run", stop_at=2)
+    assert run(path, tmp_path / "run", "train.log_every=3 steps", "train.micro_batches=2") == train.DONE
+
+
+def test_a_dry_run_writes_nothing(dataset, tmp_path, capsys):
+    assert train.main(recipe(dataset, tmp_path), [f"train.run={tmp_path / 'run'}"], dry_run=True) == train.DONE
+    assert not (tmp_path / "run").exists()
+    assert "1 epoch = 23 images = 3.8 steps; run = 7 steps" in capsys.readouterr().err
+
+
+def test_a_folder_with_other_files_is_not_taken_for_a_run_directory(dataset, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("precious")
+    with pytest.raises(ConfigError, match="other files"):
+        run(recipe(dataset, tmp_path), tmp_path / "run")
+
+
+def test_a_non_finite_gradient_leaves_the_weights_alone_and_is_counted(dataset, tmp_path, monkeypatch):
+    from mim.objectives.mae import MAE
+
+    honest = MAE.forward
+    calls = []
+
+    def poisoned(self, batch, progress):
+        out = honest(self, batch, progress)
+        calls.append(None)
+        return {"loss": out["loss"] * float("nan")} if len(calls) == STEPS else out
+
+    monkeypatch.setattr(MAE, "forward", poisoned)
+    path = recipe(dataset, tmp_path, train__log_every="1 steps")
+    run(path, tmp_path / "run", stop_at=STEPS - 1)
+    before = tensors(tmp_path / "run")
+    run(path, tmp_path / "run")
+    after = tensors(tmp_path / "run")
+    assert all(after[name].equal(value) for name, value in before.items() if name.startswith(("model.", "optimizer.")))
+    assert lines(tmp_path / "run")[-1]["skipped"] == 1.0
+
+
+def test_evaluations_run_in_the_loop_and_leave_the_training_alone(dataset, tmp_path, uninterrupted):
+    path = recipe(dataset, tmp_path)
+    held_out = f"data.val_path={dataset}"
+    evals = ["evals.knn.every=2 steps", "evals.knn.k=3", "evals.reconstruction.every=4 steps"]
+    run(path, tmp_path / "run", held_out, *evals)
+    logged = lines(tmp_path / "run")
+    assert [e["step"] for e in logged if e.get("eval") == "knn"] == [2, 4, 6, 7]
+    assert [e["step"] for e in logged if e.get("eval") == "reconstruction"] == [4, 7]
+    assert Path(next(e for e in logged if e.get("eval") == "reconstruction")["reconstruction"]).is_file()
+    assert [e for e in logged if e["event"] == "train"] == lines(uninterrupted)
