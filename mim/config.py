@@ -72,6 +72,9 @@ def typed(schema: type[T], section: dict[str, Any], where: str = "") -> T:
     """Check a section against a dataclass and return its instance; `where` is the section's key for messages."""
     if not isinstance(section, dict):
         raise ConfigError(f"{where or 'recipe'}={section!r} must be a section of key: value lines")
+    for name, hint in get_type_hints(schema).items():
+        if dataclasses.is_dataclass(hint) and not isinstance(section.get(name, {}), dict):
+            raise ConfigError(f"{_join(where, name)}={section[name]!r} must be a section of key: value lines")
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), section))  # type: ignore[return-value]
     except ConfigKeyError as error:
@@ -118,16 +121,16 @@ def bind(module: str, section: dict[str, Any], where: str) -> Callable[..., Any]
         if inspect.isfunction(function) and function.__module__ == module and not name.startswith("_")
     }
     selectable = {n: f for n, f in functions.items() if _keyword_options(f)}
-    if not isinstance(section, dict) or section.get("name") not in selectable:
+    if not isinstance(section, dict) or section.get("name") not in list(selectable):
         given = section.get("name") if isinstance(section, dict) else section
         raise ConfigError(
             f"{where}.name={given!r} is unknown{_hint(str(given), list(selectable))}; "
             f"choose one of {', '.join(sorted(selectable))}"
         )
     function = selectable[section["name"]]
-    fields = [(p.name, hint, dataclasses.field(default=None)) for p, hint in _keyword_options(function)]
+    fields = [(p.name, hint, dataclasses.field(default=p.default)) for p, hint in _keyword_options(function)]
     given = {key: value for key, value in section.items() if key != "name"}
-    checked = typed(dataclasses.make_dataclass(function.__name__, _optional(fields)), given, where)
+    checked: Any = typed(dataclasses.make_dataclass(function.__name__, fields), given, where)
     return functools.partial(function, **{key: getattr(checked, key) for key in given})
 
 
@@ -169,10 +172,6 @@ def _keyword_options(function: Callable[..., Any]) -> list[tuple[inspect.Paramet
     hints = get_type_hints(function)
     parameters = inspect.signature(function).parameters.values()
     return [(p, hints[p.name]) for p in parameters if p.kind is p.KEYWORD_ONLY]
-
-
-def _optional(fields: list[tuple[str, Any, Any]]) -> list[tuple[str, Any, Any]]:
-    return [(name, hint | None, field) for name, hint, field in fields]
 
 
 def _fields_at(schema: Any, parent: str) -> list[str]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from mim import build, checkpoint, config, train
 from mim.config import ConfigError
 from mim.contracts import LoadedRun
-from mim.data.decode import ENDINGS
+from mim.data.listing import list_images
 from mim.data.make import make
 from mim.data.order import rng
 from mim.evals import codebook, knn, ridge
@@ -115,9 +115,7 @@ def _photographs() -> Iterator[tuple[str, np.ndarray]]:
 
 def _own_photographs(folder: Path, seed: int) -> Iterator[tuple[str, np.ndarray]]:
     """Up to 18 images of a folder, each at least four crops large."""
-    if not folder.is_dir():
-        raise ConfigError(f"--images {folder} is not a folder")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower().lstrip(".") in ENDINGS)
+    files = [folder / image.path for image in list_images(folder).images]
     found = 0
     for index in rng("demo", seed, 0, 0).permutation(len(files)):
         with Image.open(files[index]) as image:

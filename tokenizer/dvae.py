@@ -30,9 +30,7 @@ LOGIT_GAIN = 8.0  # makes up for the contrast of photographs: their logits start
 class Config:
     num_codes: int = 8192  # V, size of the codebook (A.1)
     channels: int = 3  # C of the images
-    width: int = (
-        256  # channels of the finest group; group g of the encoder has width * 2**g (A.1, n_hid of the release)
-    )
+    width: int = 256  # channels of the finest group; each coarser one has twice as many (A.1, n_hid of the release)
     n_init: int = 128  # channels after the decoder's first convolution (release)
     num_groups: int = 4  # the stride is 2 ** (num_groups - 1): 8 pixels per code (A.1)
     blocks_per_group: int = 2  # residual blocks (release)

@@ -47,19 +47,24 @@ def build(cfg: Config, *, image_size: tuple[int, int], channels: int) -> ViT:
     if not timm.is_model(cfg.model):
         close = timm.list_models(f"*{cfg.model.split('_')[0]}*")[:5]
         raise ValueError(f"encoder.model={cfg.model!r} is not a timm model; some that are: {', '.join(close)}")
-    vit = timm.create_model(
-        cfg.model,
-        img_size=image_size,
-        in_chans=channels,
-        num_classes=0,
-        reg_tokens=cfg.num_registers,
-        drop_path_rate=cfg.drop_path_rate,
-        **{key: value for key, value in overrides.items() if value is not None},
-    )
+    try:
+        vit = timm.create_model(
+            cfg.model,
+            img_size=image_size,
+            in_chans=channels,
+            num_classes=0,
+            reg_tokens=cfg.num_registers,
+            drop_path_rate=cfg.drop_path_rate,
+            **{key: value for key, value in overrides.items() if value is not None},
+        )
+    except AssertionError as error:  # timm's check of width and heads
+        raise ValueError(f"encoder.width={cfg.width} with encoder.num_heads={cfg.num_heads}: {error}") from error
+    except TypeError as error:  # another kind of model has other arguments
+        raise ValueError(f"encoder.model={cfg.model!r} is not timm's VisionTransformer: {error}") from error
     if not isinstance(vit, VisionTransformer):
         raise ValueError(f"encoder.model={cfg.model!r} is a {type(vit).__name__}; `vit` takes timm's VisionTransformer")
-    if vit.embed_dim % vit.blocks[0].attn.num_heads:
-        raise ValueError(f"encoder.width={vit.embed_dim} does not divide by {vit.blocks[0].attn.num_heads} heads")
+    if isinstance(vit.norm, nn.Identity):
+        raise ValueError(f"encoder.model={cfg.model!r} norms after pooling; choose one that norms its tokens")
     return ViT(vit, cfg)
 
 

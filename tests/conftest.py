@@ -1,0 +1,96 @@
+"""What tests share: a small labelled image folder with structure to learn, its shards, tiny networks and runs of them."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import tokenizer as tokenizers
+from mim import build
+from mim.contracts import LoadedRun
+from mim.data.make import make
+from mim.data.shards import Dataset
+from tokenizer import dvae
+
+torch.set_num_threads(1)  # on tensors this small, threads cost more than they bring
+
+CLASSES = ("columns", "rows", "slopes")
+TINY = {
+    "vit": {"model": "vit_tiny_patch16_224", "width": 32, "depth": 2, "num_heads": 2, "patch_size": 8},
+    "dvae": {"num_codes": 16, "width": 8, "n_init": 8, "num_groups": 4, "blocks_per_group": 1},
+    "mae": {"decoder_width": 16, "decoder_depth": 1, "decoder_num_heads": 2},
+    "beit": {"num_codes": 16},
+}  # options that make a component small; one that is not named here is small enough as it is
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """48 images in 3 classes: stripes of a direction and colour of the class's own, with noise; JPEG and PNG."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(48):
+        label = i % 3
+        rows, columns = np.mgrid[: 36 + i % 5, : 40 + i % 7]
+        along = (columns, rows, rows + columns)[label]
+        wave = np.sin(along / 2 + rng.uniform(0, 6))[..., None] * np.eye(3)[label]  # (H, W, 3)
+        pixels = (128 + 90 * wave + rng.normal(0, 12, wave.shape)).clip(0, 255).astype(np.uint8)
+        path = root / CLASSES[label] / f"{i:02d}.{'jpg' if i % 2 else 'png'}"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    return root
+
+
+@pytest.fixture(scope="session")
+def shards(image_folder, tmp_path_factory):
+    """The dataset folder made from the images: train/ and val/, labelled, several shards."""
+    out = tmp_path_factory.mktemp("shards") / "stripes"
+    make(image_folder, out, labels_from_folders=True, val_ratio=0.3, shard_size=10, workers=1)
+    return out
+
+
+@pytest.fixture(scope="session")
+def saved_tokenizer(tmp_path_factory):
+    """A folder that holds an untrained tokenizer."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tokenizer")
+    options = TINY["dvae"]
+    tokenizers.save(dvae.build(dvae.Config(**options)), folder, name="dvae", config=options, card={})
+    return folder
+
+
+@pytest.fixture
+def recipe(shards, saved_tokenizer):
+    """`recipe(objective)`: the sections of a tiny recipe, a fresh copy at every call."""
+
+    def sections(objective="mae"):
+        found = {
+            "data": {"path": str(shards), "image_size": 32, "view": {"name": "crop"}},
+            "objective": {"name": objective, **TINY.get(objective, {})},
+            "optim": {"batch_size": 8, "length": "2 steps", "warmup": "1 steps", "lr": 1e-3},
+        }
+        if objective == "tokenize":
+            found["tokenizer"] = {"name": "dvae", **TINY["dvae"]}
+        else:
+            found |= {"encoder": {"name": "vit", **TINY["vit"]}, "mask": {"name": "random", "ratio": 0.5}}
+        if objective == "beit":
+            found["tokenizer"] = {"recipe": "dvae", "path": str(saved_tokenizer)}
+        return copy.deepcopy(found)
+
+    return sections
+
+
+@pytest.fixture
+def loaded_run(recipe, shards, tmp_path):
+    """`loaded_run(objective)`: an untrained run of a tiny recipe, as evaluations and exports see it."""
+
+    def load(objective="mae", **encoder):
+        sections = recipe(objective)
+        sections.get("encoder", {}).update(encoder)
+        torch.manual_seed(0)
+        built = build.build(sections, dataset=Dataset.open(shards / "train"))
+        built.objective.eval().requires_grad_(False)
+        return LoadedRun(built.objective, built.encoder, built.frozen, built.views, built.sections, 7, tmp_path / "run")
+
+    return load
