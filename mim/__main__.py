@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -188,12 +189,15 @@ def pairs(overrides: tuple[str, ...]) -> dict[str, Any]:
         key, equals, value = override.partition("=")
         if not equals:
             raise ConfigError(f"{override!r} is not an option; write key=value, e.g. pool=class")
-        section[key] = yaml.safe_load(value)
+        try:
+            section[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{override!r} is not an option: {' '.join(str(error).split())}") from error
     return section
 
 
 def main() -> None:
-    """Run a command; every error of a user ends in one sentence and an exit code."""
+    """Run a command; every error of a user ends in one sentence and an exit code, one of ours in a traceback and 70."""
     try:
         cli(standalone_mode=False)
     except click.exceptions.Exit as stop:
@@ -203,14 +207,15 @@ def main() -> None:
         sys.exit(2)
     except click.Abort:
         sys.exit(130)
-    except (ValueError, OSError) as error:
+    except Exception as error:
         from mim.config import ConfigError
         from mim.contracts import DataError, StorageError
 
         codes = {ConfigError: 2, DataError: 65, StorageError: 74}
         code = next((code for kind, code in codes.items() if isinstance(error, kind)), None)
         if code is None:
-            raise
+            traceback.print_exc()
+            sys.exit(70)
         rank = os.environ.get("RANK", "0")
         text = one_sentence(str(error))
         click.echo(f"mim: {'' if rank == '0' else f'rank {rank}: '}{text}", err=True)

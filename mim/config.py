@@ -75,6 +75,7 @@ def typed(schema: type[T], section: dict[str, Any], where: str = "") -> T:
     for name, hint in get_type_hints(schema).items():
         if dataclasses.is_dataclass(hint) and not isinstance(section.get(name, {}), dict):
             raise ConfigError(f"{_join(where, name)}={section[name]!r} must be a section of key: value lines")
+    _refuse_interpolation(section, where or "recipe")  # again: a run directory's own config comes this way too
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), section))  # type: ignore[return-value]
     except ConfigKeyError as error:

@@ -123,7 +123,9 @@ def _own_photographs(folder: Path, seed: int) -> Iterator[tuple[str, np.ndarray]
                 found += 1
                 yield f"{found:02d}-{files[index].stem}", np.asarray(image.convert("RGB"))
     if found < 2:
-        raise ConfigError(f"--images {folder} holds {found} images of at least {2 * SIZE} px a side; at least 2 are needed")
+        raise ConfigError(
+            f"--images {folder} holds {found} images of at least {2 * SIZE} px a side; at least 2 are needed"
+        )
 
 
 def _shards(photographs: dict[str, np.ndarray], out: Path, split: str, seed: int) -> Path:

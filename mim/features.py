@@ -35,6 +35,8 @@ def pooled(loaded: LoadedRun, pool: str) -> Embed:
 
     def embed(images: Tensor) -> Tensor:
         features = encoder(images.to(device))
+        if pool == "class" and not features.prefix.shape[1]:
+            raise ConfigError("pool=class, but the encoder has no class token; use pool=mean")
         return (features.patches.mean(dim=1) if pool == "mean" else features.prefix[:, 0]).float().cpu()
 
     return embed

@@ -114,6 +114,7 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
     with accelerator.main_process_first():
         dataset, _ = build.open_data(config.plain(cfg))
     rates = optim.resolve(cfg.optim, len(dataset))
+    intervals(cfg, len(dataset))  # a mistake in them is refused here, before anything is written
     torch.manual_seed(cfg.optim.seed)
     built = build.build(config.plain(cfg), dataset=dataset)
     data = built.views.data
@@ -160,7 +161,7 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
     device, ranks, main_rank = accelerator.device, accelerator.num_processes, accelerator.is_main_process
     start, total, batch_size = state["step"], job.rates.total_steps, cfg.optim.batch_size
     objective = job.objective
-    every = intervals(job)
+    every = intervals(cfg, len(job.dataset))
     averages = Averages(state.get("averages") if main_rank else None)
     fingerprint = state.get("fingerprint", 0) if main_rank else 0  # the ranks' shares are added when it is read
     log = RunLog(job.run / "log.jsonl", start) if main_rank else None
@@ -331,9 +332,8 @@ def stop_signals() -> Iterator[Stop]:
 # ---- log, look, save -----------------------------------------------------------------------------
 
 
-def intervals(job: Job) -> dict[str, int]:
+def intervals(cfg: Config, num_images: int) -> dict[str, int]:
     """Steps between logs, saves and each evaluation."""
-    cfg = job.cfg
     durations = {"log": cfg.train.log_every, "save": cfg.train.save_every}
     for name, section in cfg.evals.items():
         config.component("mim.evals", eval_section(name, section), f"evals.{name}")
@@ -343,7 +343,7 @@ def intervals(job: Job) -> dict[str, int]:
     for name, duration in durations.items():
         key = where.get(name, f"evals.{name}.every")
         try:
-            num = to_steps(duration, batch_size=cfg.optim.batch_size, num_images=len(job.dataset), where=key)
+            num = to_steps(duration, batch_size=cfg.optim.batch_size, num_images=num_images, where=key)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         steps[name] = max(num, 1)

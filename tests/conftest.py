@@ -1,4 +1,4 @@
-"""What tests share: a small labelled image folder with structure to learn, its shards, tiny networks and runs of them."""
+"""What tests share: a small labelled image folder with structure to learn, its shards, and tiny runs."""
 
 import copy
 
@@ -27,15 +27,15 @@ TINY = {
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory):
-    """48 images in 3 classes: stripes of a direction and colour of the class's own, with noise; JPEG and PNG."""
+    """96 images in 3 classes: stripes of a direction and colour of the class's own, with noise; JPEG and PNG."""
     root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
-    for i in range(48):
+    for i in range(96):
         label = i % 3
         rows, columns = np.mgrid[: 36 + i % 5, : 40 + i % 7]
         along = (columns, rows, rows + columns)[label]
-        wave = np.sin(along / 2 + rng.uniform(0, 6))[..., None] * np.eye(3)[label]  # (H, W, 3)
-        pixels = (128 + 90 * wave + rng.normal(0, 12, wave.shape)).clip(0, 255).astype(np.uint8)
+        wave = (0.5 + np.sin(along / 2 + rng.uniform(0, 6)))[..., None] * np.eye(3)[label]  # (H, W, 3)
+        pixels = (110 + 70 * wave + rng.normal(0, 12, wave.shape)).clip(0, 255).astype(np.uint8)
         path = root / CLASSES[label] / f"{i:02d}.{'jpg' if i % 2 else 'png'}"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(pixels).save(path)
@@ -46,7 +46,7 @@ def image_folder(tmp_path_factory):
 def shards(image_folder, tmp_path_factory):
     """The dataset folder made from the images: train/ and val/, labelled, several shards."""
     out = tmp_path_factory.mktemp("shards") / "stripes"
-    make(image_folder, out, labels_from_folders=True, val_ratio=0.3, shard_size=10, workers=1)
+    make(image_folder, out, labels_from_folders=True, val_ratio=0.3, shard_size=20, workers=1)
     return out
 
 

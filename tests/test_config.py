@@ -1,5 +1,6 @@
 """Recipes: what is wrong is said in one line with the remedy, and nothing outside the file can leak in."""
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,12 @@ def test_an_interpolation_is_refused(write, text):
 
 def test_an_interpolation_on_the_command_line_is_refused(write):
     assert "a.b='${oc.env:HOME}'" in refusal(config.read, write("a: {b: 1}"), ["a.b=${oc.env:HOME}"])
+
+
+def test_an_interpolation_is_refused_wherever_a_section_comes_from():
+    """A run directory that someone else made must not read this machine's environment."""
+    for section in ({"name": "${oc.env:HOME}"}, {"name": "x", "free": {"deep": ["${oc.env:HOME}"]}}):
+        assert "holds an interpolation" in refusal(config.typed, Outer, section, "objective")
 
 
 @pytest.mark.parametrize(
@@ -179,7 +186,9 @@ def package(tmp_path, monkeypatch):
     (folder / "__init__.py").write_text("")
     (folder / "arithmetic.py").write_text("raise RuntimeError('a file without a Config is not imported')")
     monkeypatch.syspath_prepend(str(tmp_path))
-    return "animals"
+    yield "animals"
+    for name in [name for name in sys.modules if name.split(".")[0] == "animals"]:
+        del sys.modules[name]
 
 
 def test_the_folder_is_the_registry(package):
@@ -234,6 +243,14 @@ def test_only_functions_with_options_can_be_selected_by_name(name):
     message = refusal(config.bind, "mim.masking", {"name": name}, "mask")
     assert message.startswith(f"mask.name={name!r} is unknown")
     assert message.endswith("choose one of block, random")
+
+
+def test_a_function_without_options_is_no_view_and_no_mask(package, tmp_path):
+    source = "def chosen(x, *, option: int = 1):\n    return x + option\n\n\ndef other(x):\n    return x\n"
+    (tmp_path / package / "functions.py").write_text(source)
+    assert config.bind("animals.functions", {"name": "chosen", "option": 2}, "x")(3) == 5
+    message = refusal(config.bind, "animals.functions", {"name": "other"}, "x")
+    assert message.endswith("choose one of chosen")
 
 
 @pytest.mark.parametrize(

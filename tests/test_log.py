@@ -140,6 +140,16 @@ def test_an_interrupted_interval_has_bit_for_bit_the_means_of_an_uninterrupted_o
     assert second.read(alone) == whole.read(alone)
 
 
+def test_an_interval_that_was_restored_and_read_is_over():
+    first, fresh = Averages(), Averages()
+    fill(first, micro_batches(3, seed=1))
+    second = Averages(first.state(alone))
+    assert second.read(alone) == first.read(alone)
+    for averages in (second, fresh):
+        fill(averages, micro_batches(4, seed=2))
+    assert second.read(alone) == fresh.read(alone)
+
+
 def test_saving_does_not_disturb_the_interval():
     saved, untouched = Averages(), Averages()
     for averages in (saved, untouched):

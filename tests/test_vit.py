@@ -210,7 +210,8 @@ def test_depths_cover_the_stem_each_block_and_the_norm():
     assert set(depths.values()) == set(range(encoder.depth + 2))
     assert {depths[f"vit.{name}"] for name in ("cls_token", "reg_token", "pos_embed", "patch_embed.proj.bias")} == {0}
     assert all(depths[name] == int(name.split(".")[2]) + 1 for name in depths if name.startswith("vit.blocks."))
-    assert {name for name, depth in depths.items() if depth == encoder.depth + 1} == {"vit.norm.weight", "vit.norm.bias"}
+    last = {name for name, depth in depths.items() if depth == encoder.depth + 1}
+    assert last == {"vit.norm.weight", "vit.norm.bias"}
 
 
 def test_layer_scale_starts_where_the_recipe_says():
@@ -218,6 +219,16 @@ def test_layer_scale_starts_where_the_recipe_says():
     gammas = [p for name, p in encoder.named_parameters() if name.endswith("gamma")]
     assert len(gammas) == 2 * encoder.depth
     assert all((gamma == 0.1).all() for gamma in gammas)
+
+
+def test_weights_start_as_the_recipe_says():
+    """Xavier uniform weights of a narrow network are wider than a normal of 0.02."""
+    plain, jax = (
+        build(Config("vit_tiny_patch16_224", weight_init=name, **SMALL), image_size=SIZE, channels=3)
+        for name in ("", "jax")
+    )
+    assert plain.vit.blocks[0].mlp.fc1.weight.std() < 0.03
+    assert jax.vit.blocks[0].mlp.fc1.weight.std() > 0.08
 
 
 def test_drop_path_rises_linearly_to_its_rate():
@@ -254,6 +265,7 @@ def test_a_size_that_does_not_divide_is_refused():
     [
         ({"width": 50, "num_heads": 3}, "encoder.width=50 with encoder.num_heads=3: "),
         ({"positions": "cosine"}, "encoder.positions='cosine' is unknown; choose learn or sincos"),
+        ({"weight_init": "xavier"}, "encoder.weight_init='xavier' is unknown; choose jax, moco or ''"),
         ({"model": "vit_tny"}, "encoder.model='vit_tny' is not a timm model; some that are: "),
         ({"model": "beit_base_patch16_224"}, "encoder.model='beit_base_patch16_224' is not timm's VisionTransformer"),
         ({"model": "resnet18"}, "encoder.model='resnet18' is not timm's VisionTransformer"),

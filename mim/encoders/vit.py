@@ -29,6 +29,7 @@ class Config:
     drop_path_rate: float = 0.0  # of the last block, rising linearly over the blocks
     num_registers: int = 0
     positions: str = "learn"  # learn | sincos (fixed, as MAE has them)
+    weight_init: str = ""  # timm's: "" truncated normal 0.02, jax Xavier uniform (as in MAE; better below width 512)
     mean: list[float] | None = None  # per channel, of pixels in [0, 1]; null: the dataset's own
     std: list[float] | None = None
 
@@ -44,6 +45,8 @@ def build(cfg: Config, *, image_size: tuple[int, int], channels: int) -> ViT:
     }
     if cfg.positions not in ("learn", "sincos"):
         raise ValueError(f"encoder.positions={cfg.positions!r} is unknown; choose learn or sincos")
+    if cfg.weight_init not in ("", "jax", "moco"):
+        raise ValueError(f"encoder.weight_init={cfg.weight_init!r} is unknown; choose jax, moco or '' (timm's default)")
     if not timm.is_model(cfg.model):
         close = timm.list_models(f"*{cfg.model.split('_')[0]}*")[:5]
         raise ValueError(f"encoder.model={cfg.model!r} is not a timm model; some that are: {', '.join(close)}")
@@ -55,6 +58,7 @@ def build(cfg: Config, *, image_size: tuple[int, int], channels: int) -> ViT:
             num_classes=0,
             reg_tokens=cfg.num_registers,
             drop_path_rate=cfg.drop_path_rate,
+            weight_init=cfg.weight_init,
             **{key: value for key, value in overrides.items() if value is not None},
         )
     except AssertionError as error:  # timm's check of width and heads

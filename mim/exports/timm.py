@@ -40,7 +40,7 @@ def export(loaded: LoadedRun, out: Path, cfg: Config) -> dict[str, Any]:
     encoder = loaded.encoder
     if encoder is None or not hasattr(encoder, "vit"):
         raise ConfigError(f"{loaded.path} has no timm backbone to export; export a run with encoder.name=vit")
-    if out.exists() and any(out.iterdir()):
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not empty; choose another folder for the export")
     model = encoder.vit.cpu().eval()
     temporary = out.with_name(f".{out.name}.tmp")
@@ -57,6 +57,9 @@ def export(loaded: LoadedRun, out: Path, cfg: Config) -> dict[str, Any]:
         model_args=model_args(encoder, size),
         data_config=data_config,
     )
+    config = json.loads((temporary / "config.json").read_text())
+    config["model_args"].pop("num_classes", None)  # transformers passes its own and would pass it twice
+    (temporary / "config.json").write_text(json.dumps(config, indent=2))
     weights = "exponential moving average" if loaded.config["optim"].get("ema") else "of the last step"
     report = {
         "target": "timm",

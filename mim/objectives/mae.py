@@ -25,6 +25,7 @@ class Config:
     decoder_depth: int = 8  # blocks
     decoder_num_heads: int = 16
     norm_pix_loss: bool = True  # targets are normalised per patch, with the unbiased variance
+    norm_pix_eps: float = 1e-6  # added to that variance; larger keeps flat patches from making targets of their noise
     channels: int = 3  # of the images
 
 
@@ -94,7 +95,7 @@ class MAE(nn.Module):
         if not self.cfg.norm_pix_loss:
             return patches, patches.new_zeros(()), patches.new_ones(())
         mean = patches.mean(dim=-1, keepdim=True)
-        std = (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()  # unbiased, as published
+        std = (patches.var(dim=-1, keepdim=True) + self.cfg.norm_pix_eps).sqrt()  # unbiased, as published
         return (patches - mean) / std, mean, std
 
     def positions(self, grid: tuple[int, int], device: torch.device) -> Tensor:

@@ -49,6 +49,12 @@ class Tokenize(nn.Module):
             self._collect(codes, batch)
         return out | self._codebook()
 
+    @torch.no_grad()
+    def reconstruct(self, batch: dict[str, Any], frozen: dict[str, Any]) -> Tensor:
+        """Images decoded from their own codes, (B, C, H, W) in [0, 1]."""
+        images = batch["images"]
+        return self.tokenizer.decode(self.tokenizer.encode(images), self.tokenizer.grid(images.shape[-2:]))
+
     def card(self) -> dict[str, float]:
         """What is written beside the saved tokenizer: how much of its codebook was in use in training."""
         return {name: value.item() for name, value in self._codebook().items()}

@@ -1,0 +1,424 @@
+"""The command line: one sentence and the right exit code for every mistake, and help that tells by example."""
+
+import json
+import shlex
+import subprocess
+import sys
+
+import click
+import numpy as np
+import pytest
+from PIL import Image
+from torch._utils import ExceptionWrapper
+
+from mim import __main__, __version__, config
+from mim.contracts import DataError, StorageError
+
+
+@pytest.fixture
+def mim(monkeypatch, capsys):
+    """`mim(*arguments)` runs a command in this process: (exit code, standard output, standard error)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mim", *map(str, arguments)])
+        try:
+            __main__.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def refused(mim):
+    """`refused(*arguments)` runs a command that must fail as a wrong command does; returns its one sentence."""
+
+    def run(*arguments, code=2):
+        found, out, err = mim(*arguments)
+        assert found == code, err
+        assert out == ""
+        assert err.startswith("mim: ")
+        assert len(err.splitlines()) == 1, err
+        return err.removeprefix("mim: ").rstrip()
+
+    return run
+
+
+@pytest.fixture
+def tiny(recipe, tmp_path):
+    """`tiny(objective)`: the path of a tiny recipe."""
+
+    def write(objective="mae"):
+        path = tmp_path / f"{objective}.yaml"
+        path.write_text(config.to_yaml(recipe(objective) | {"train": {"cpu": True, "workers": 0}}))
+        return path
+
+    return write
+
+
+def commands(group=__main__.cli, name="mim"):
+    """Every command and group with its full name."""
+    yield name, group
+    if isinstance(group, click.Group):
+        for child, command in group.commands.items():
+            yield from commands(command, f"{name} {child}")
+
+
+COMMANDS = dict(commands())
+EXAMPLES = [
+    line.strip()
+    for command in COMMANDS.values()
+    for line in (command.help or "").splitlines()
+    if line.strip().startswith(("mim ", "accelerate launch ", "torchrun "))
+]
+
+# ---- help ----------------------------------------------------------------------------------------
+
+
+def test_help_answers_without_importing_anything_heavy():
+    program = (
+        "import sys\n"
+        "sys.argv = ['mim', '--help']\n"
+        "from mim.__main__ import main\n"
+        "try:\n    main()\n"
+        "finally:\n"
+        "    heavy = {'torch', 'timm', 'numpy', 'PIL', 'omegaconf', 'accelerate', 'webdataset'} & sys.modules.keys()\n"
+        "    assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Usage: mim" in done.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_tells_what_it_does_with_an_example(mim, name):
+    code, out, _ = mim(*name.split()[1:], "--help")
+    assert code == 0
+    assert "Example" in out
+    assert f"\n    {name} " in out
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_examples_are_commands_that_parse(example):
+    arguments = shlex.split(example.partition("mim ")[2])
+    command, context = __main__.cli, click.Context(__main__.cli, info_name="mim")
+    while isinstance(command, click.Group):
+        name, command, arguments = command.resolve_command(context, arguments)
+    command.make_context(name, list(arguments), parent=context)
+
+
+def test_the_version_is_told(mim):
+    code, out, _ = mim("--version")
+    assert code == 0
+    assert __version__ in out
+
+
+@pytest.mark.parametrize(
+    "arguments", [["trian"], ["train"], ["shards", "make", "x"], ["demo", "--seed", "few"], ["-x"]]
+)
+def test_a_wrong_command_ends_with_two(mim, arguments):
+    code, _, err = mim(*arguments)
+    assert code == 2
+    assert "Error: " in err
+    assert "Traceback" not in err
+
+
+# ---- making shards -------------------------------------------------------------------------------
+
+
+def test_a_folder_that_is_missing_is_refused(refused, tmp_path):
+    message = refused("shards", "make", tmp_path / "nowhere", tmp_path / "out")
+    assert message == f"{tmp_path / 'nowhere'} is not a folder; give the folder that holds the images"
+
+
+def test_a_folder_without_images_is_refused_with_the_endings_that_were_found(refused, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a.txt", "b.txt", "c.npy", "README"):
+        (folder / name).write_text("no image")
+    message = refused("shards", "make", folder, tmp_path / "out")
+    assert "holds no images" in message
+    assert "found: .txt (2), " in message
+    assert ".npy (1)" in message
+    assert "(none) (1)" in message
+
+
+def folder_with_bad_images(tmp_path, num_bad):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i in range(4):
+        Image.fromarray(np.full((9, 9, 3), 50 * i, dtype=np.uint8)).save(folder / f"good{i}.png")
+    for i in range(num_bad):
+        (folder / f"bad{i}.jpg").write_bytes(b"this is no JPEG")
+    return folder
+
+
+def test_an_unreadable_image_is_named_counted_and_left_out(mim, tmp_path):
+    folder = folder_with_bad_images(tmp_path, 2)
+    code, out, _ = mim("shards", "make", folder, tmp_path / "out", "--workers", "1")
+    assert code == 0
+    assert f"4 images in {tmp_path / 'out'}" in out
+    assert "left out bad0.jpg: " in out
+    assert "left out bad1.jpg: " in out
+    report = json.loads(mim("shards", "inspect", tmp_path / "out", "--json")[1])
+    assert (report["num_samples"], report["num_left_out"]) == (4, 2)
+
+
+def test_more_unreadable_images_than_accepted_end_with_65(refused, tmp_path):
+    folder = folder_with_bad_images(tmp_path, 2)
+    options = ["--workers", "1", "--max-left-out", "1"]
+    message = refused("shards", "make", folder, tmp_path / "out", *options, code=65)
+    assert "more than 1 images cannot be decoded" in message
+    assert "bad0.jpg: " in message
+    assert not (tmp_path / "out" / "dataset.lock.json").exists()
+
+
+def test_a_report_can_be_read_by_programs(mim, tmp_path):
+    folder = folder_with_bad_images(tmp_path, 1)
+    code, out, _ = mim("shards", "make", folder, tmp_path / "out", "--workers", "1", "--json")
+    assert code == 0
+    assert json.loads(out)["num_samples"] == 4
+    assert json.loads(out)["left_out"][0]["file"] == "bad0.jpg"
+
+
+def test_what_is_no_data_set_is_refused_with_the_remedy(refused, tmp_path):
+    assert refused("shards", "inspect", tmp_path).endswith("make one: mim shards make FOLDER OUT")
+
+
+def test_a_data_set_is_inspected(mim, shards):
+    code, out, _ = mim("shards", "inspect", shards / "train")
+    assert code == 0
+    assert "num_samples" in out
+    assert '"columns"' in out
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+def test_an_unknown_recipe_is_refused_with_the_closest(refused):
+    assert refused("train", "mae_vittiny_cifar").endswith("did you mean 'mae_vittiny_cifar10'?")
+
+
+@pytest.mark.parametrize(
+    ("override", "start"),
+    [
+        ("optm.lr=1", "optm is not a known key; did you mean 'optim'?"),
+        ("optim.batchsize=8", "optim.batchsize is not a known key; did you mean 'batch_size'?"),
+        ("encoder.widht=32", "encoder.widht is not a known key; did you mean 'width'?"),
+        ("objective.decoder_widht=32", "objective.decoder_widht is not a known key; did you mean 'decoder_width'?"),
+        ("mask.ratoi=0.5", "mask.ratoi is not a known key; did you mean 'ratio'?"),
+        ("data.view.scal=1", "data.view.scal is not a known key; did you mean 'scale'?"),
+        ("data.imagesize=32", "data.imagesize is not a known key; did you mean 'image_size'?"),
+        ("optim.batch_size=many", "optim.batch_size: Value 'many'"),
+        ("encoder.width=wide", "encoder.width: Value 'wide'"),
+        ("optim=fast", "optim='fast' must be a section"),
+        ("train.precision=bf8", "train.precision='bf8' is unknown; choose no, bf16 or fp16"),
+        ("objective.name=mea", "objective.name='mea' is unknown; did you mean 'mae'?"),
+        ("encoder.name=resnet", "encoder.name='resnet' is unknown; choose one of "),
+        ("mask.name=blok", "mask.name='blok' is unknown; did you mean 'block'?"),
+        ("data.view.name=crp", "data.view.name='crp' is unknown; did you mean 'crop'?"),
+        ("mask.ratio=1.5", "mask.ratio=1.5 must lie between 0 and 1"),
+        ("mask=null", "objective.name=mae needs a mask"),
+        ("encoder.patch_size=7", "image"),
+        ("encoder.width=33", "encoder.width=33"),
+        ("optim.warmup='3 epochs'", "optim.warmup='3 epochs' is"),
+        ("optim.length=soon", "optim.length='soon' is not a duration"),
+        ("optim.base_lr=1", "optim.lr=0.001 and optim.base_lr=1.0: give exactly one"),
+        ("data.lanes=1000", "data.lanes=1000 must lie between 1 and the"),
+        ("data.image_size=[32]", "data.image_size=[32] must be one number of pixels or [height, width]"),
+        ("data.channels=1", "objective.channels=3, but data.channels=1"),
+        ("data.path=/nowhere", "/nowhere is not a folder"),
+        ("lr", "'lr' is not an override; write section.key=value"),
+    ],
+)
+def test_a_mistake_in_a_recipe_is_one_sentence(refused, tiny, tmp_path, override, start):
+    message = refused("train", tiny(), override, f"train.run={tmp_path / 'run'}", "--dry-run")
+    assert message.startswith(start)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_smaller_than_ranks_times_micro_batches_is_refused_with_both_numbers(refused, tiny, tmp_path):
+    options = ["optim.batch_size=2", "train.micro_batches=3", f"train.run={tmp_path / 'run'}"]
+    assert refused("train", tiny(), *options) == (
+        "optim.batch_size=2 is smaller than 1 processes x 3 micro-batches; use at least 3"
+    )
+
+
+def test_an_evaluation_that_does_not_exist_is_refused_before_the_first_step(refused, tiny, tmp_path):
+    message = refused("train", tiny(), "evals.kn={every: 1 steps}", f"train.run={tmp_path / 'run'}", "--dry-run")
+    assert "'kn' is unknown; did you mean 'knn'?" in message
+
+
+def test_a_tokenizer_that_is_not_trained_yet_is_refused_with_the_command(refused, tiny, tmp_path):
+    message = refused("train", tiny("beit"), f"tokenizer.path={tmp_path / 'none'}", f"train.run={tmp_path / 'run'}")
+    assert message.endswith(f"train one first, e.g. `mim train dvae train.run={tmp_path / 'none'}`")
+
+
+@pytest.mark.parametrize(
+    ("override", "start"),
+    [
+        ("tokenizer=null", "objective.name=beit needs a tokenizer; add tokenizer: {recipe: NAME, path: RUN}"),
+        ("tokenizer.path=null", "tokenizer.path is missing: the run of a trained tokenizer"),
+        ("tokenizer.paht=x", "tokenizer.paht is not a known key; known here: recipe, path, image_size"),
+        (
+            "tokenizer.image_size=48",
+            "tokenizer.image_size=48 gives a grid of 6x6 codes, but the encoder has 4x4",
+        ),
+        ("mask=null", "objective.name=beit needs a mask"),
+    ],
+)
+def test_a_mistake_about_the_tokenizer_is_one_sentence(refused, tiny, tmp_path, override, start):
+    message = refused("train", tiny("beit"), override, f"train.run={tmp_path / 'run'}", "--dry-run")
+    assert message.startswith(start)
+
+
+def test_codes_that_do_not_fit_the_tokenizer_are_refused_with_both_numbers(refused, tiny, tmp_path):
+    message = refused("train", tiny("beit"), "objective.num_codes=99", f"train.run={tmp_path / 'run'}")
+    assert message == "objective.num_codes=99, but the tokenizer has 16 codes; set objective.num_codes=16"
+
+
+def test_a_dry_run_checks_everything_and_writes_nothing(mim, tiny, tmp_path):
+    code, _, err = mim("train", tiny(), f"train.run={tmp_path / 'run'}", "--dry-run")
+    assert code == 0
+    assert "1 epoch = " in err
+    assert not (tmp_path / "run").exists()
+
+
+# ---- a run, from training to export --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, shards):
+    """A run of two steps, made by the program itself in a process of its own."""
+    folder = tmp_path_factory.mktemp("trained")
+    recipe = {
+        "data": {"path": str(shards), "image_size": 32},
+        "mask": {"name": "random"},
+        "encoder": {"name": "vit", "model": "vit_tiny_patch16_224", "width": 32, "depth": 1, "num_heads": 2,
+                    "patch_size": 8},
+        "objective": {"name": "mae", "decoder_width": 16, "decoder_depth": 1, "decoder_num_heads": 2},
+        "optim": {"batch_size": 8, "length": "2 steps", "warmup": "1 steps", "lr": 1e-3},
+        "train": {"cpu": True, "workers": 0, "run": str(folder / "run")},
+    }  # fmt: skip
+    (folder / "tiny.yaml").write_text(config.to_yaml(recipe))
+    command = [sys.executable, "-m", "mim", "train", str(folder / "tiny.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((folder / "run" / "status.json").read_text())["state"] == "done"
+    return folder / "run"
+
+
+def test_a_run_is_evaluated_by_name_with_options(mim, trained):
+    code, out, _ = mim("eval", "knn", trained, "k=3", "pool=class")
+    assert code == 0
+    found = json.loads(out)
+    assert found["eval"] == "knn"
+    assert found["step"] == 2
+    assert 0 <= found["knn"] <= 1
+
+
+def test_a_picture_is_written_where_asked(mim, trained, tmp_path):
+    code, out, _ = mim("eval", "reconstruction", trained, "num_images=2", "--out", tmp_path)
+    assert code == 0
+    path = json.loads(out)["reconstruction"]
+    assert path.startswith(str(tmp_path))
+    assert Image.open(path).size == (4 * (96 + 4), 2 * (96 + 4))
+
+
+def test_a_run_is_exported(mim, trained, tmp_path):
+    code, out, _ = mim("export", "timm", trained, tmp_path / "out")
+    assert code == 0
+    assert json.loads(out)["max_difference"] == 0.0
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "start"),
+    [
+        (["eval", "kn", "{run}"], "eval.name='kn' is unknown; did you mean 'knn'?; choose one of "),
+        (["eval", "knn", "{run}", "kk=3"], "eval.kk is not a known key"),
+        (["eval", "knn", "{run}", "k=few"], "eval.k: Value 'few'"),
+        (["eval", "knn", "{run}", "k"], "'k' is not an option; write key=value, e.g. pool=class"),
+        (["eval", "knn", "{run}", "k=["], "'k=[' is not an option: while parsing"),
+        (["eval", "knn", "{run}", "pool=max"], "pool='max' is unknown; choose mean or class"),
+        (["eval", "knn", "{run}", "--step", "5"], "{run} has no checkpoint of step 5; steps it has: 2"),
+        (["eval", "codebook", "{run}"], "{run} has no tokenizer"),
+        (["eval", "knn", "{run}/checkpoints"], "{run}/checkpoints is not a run directory"),
+        (["export", "tim", "{run}", "{out}"], "export.name='tim' is unknown; did you mean 'timm'?"),
+        (["export", "timm", "{run}", "{run}"], "{run} exists and is not empty; choose another folder"),
+        (["train", "{recipe}", "train.run={run}", "optim.lr=2e-3"], "{run} holds another experiment"),
+        (
+            ["train", "{recipe}", "train.run={run}/checkpoints"],
+            "train.run={run}/checkpoints is a folder with other files",
+        ),
+    ],
+)
+def test_a_mistake_with_a_run_is_told(mim, trained, tmp_path, arguments, start):
+    names = {"run": trained, "out": tmp_path / "out", "recipe": trained.parent / "tiny.yaml"}
+    code, out, err = mim(*(argument.format(**names) for argument in arguments))
+    assert code == 2
+    assert out == ""
+    assert err.splitlines()[-1 if "another experiment" not in start else 0].startswith("mim: " + start.format(**names))
+    assert "Traceback" not in err
+
+
+# ---- exit codes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(config.ConfigError("words"), 2), (DataError("words"), 65), (StorageError(28, "words"), 74)],
+)
+def test_an_error_of_the_user_s_world_is_one_sentence_with_its_own_code(mim, monkeypatch, error, code):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr("mim.train.main", fail)
+    found, out, err = mim("train", "mae_vittiny_cifar10")
+    assert (found, out) == (code, "")
+    assert err.startswith("mim: ")
+    assert "words" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("error", [ValueError("ours"), RuntimeError("ours"), AssertionError("ours"), KeyError("ours")])
+def test_an_error_of_the_program_itself_is_a_traceback_and_70(mim, monkeypatch, error):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr("mim.train.main", fail)
+    code, _, err = mim("train", "mae_vittiny_cifar10")
+    assert code == 70
+    assert "Traceback" in err
+    assert "ours" in err
+
+
+@pytest.mark.parametrize("code", [0, 75])
+def test_the_exit_code_of_a_training_is_that_of_the_loop(mim, monkeypatch, code):
+    asked = []
+    monkeypatch.setattr("mim.train.main", lambda *arguments, **options: asked.append((arguments, options)) or code)
+    assert mim("train", "mae_vittiny_cifar10", "optim.lr=1", "--dry-run", "a.b=2")[0] == code
+    assert asked == [(("mae_vittiny_cifar10", ["optim.lr=1", "a.b=2"]), {"dry_run": True})]
+
+
+def test_another_rank_than_the_first_says_which_it_is(mim, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    assert mim("train", "nothing")[2].startswith("mim: rank 3: no recipe 'nothing'")
+
+
+def test_the_sentence_of_a_loader_process_is_told_without_its_traceback():
+    try:
+        raise DataError("shard.tar/x: 3 pixels: too few")
+    except DataError:
+        wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
+    with pytest.raises(DataError) as error:
+        wrapped.reraise()
+    assert "Traceback" in str(error.value)
+    assert __main__.one_sentence(str(error.value)) == "shard.tar/x: 3 pixels: too few"
+
+
+def test_a_sentence_of_this_process_is_told_as_it_is():
+    assert __main__.one_sentence("optim.lr=1: give\n  two: lines") == "optim.lr=1: give\n  two: lines"
