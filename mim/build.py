@@ -111,10 +111,16 @@ def image_size(data: stream.Config) -> tuple[int, int]:
 
 
 def statistics(channels: int, dataset: shards.Dataset | None) -> tuple[list[float], list[float]]:
-    """Pixel mean and std per channel: the dataset's own, else ImageNet's for three channels and 0.5 otherwise."""
-    if dataset is not None and len(dataset.mean) == channels:
+    """Pixel mean and std per channel: the dataset's own; without one ImageNet's for three channels, 0.5 otherwise.
+
+    A gray dataset read in colour repeats its values. A colour dataset read in gray gets the means over its channels,
+    which is approximate: the decoder weighs channels unequally, and the std of gray depends on how they correlate.
+    """
+    if dataset is None:
+        return (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ([0.5] * channels, [0.5] * channels)
+    if len(dataset.mean) == channels:
         return list(dataset.mean), list(dataset.std)
-    return (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ([0.5] * channels, [0.5] * channels)
+    return [float(np.mean(dataset.mean))] * channels, [float(np.mean(dataset.std))] * channels
 
 
 def open_data(sections: Sections) -> tuple[shards.Dataset, shards.Dataset | None]:

@@ -48,7 +48,7 @@ FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 def gather_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, ema: dict[str, Tensor]) -> dict[str, Tensor]:
     """Name every tensor of the training state: `model.*`, `optimizer.*`, `ema.*`, free of wrapper prefixes."""
-    state = {f"model.{name}": value for name, value in get_model_state_dict(model).items()}
+    state: dict[str, Any] = {f"model.{name}": value for name, value in get_model_state_dict(model).items()}
     optimizer_state = get_optimizer_state_dict(model, optimizer, options=FLAT)
     state |= {f"optimizer.{k}": v for k, v in optimizer_state.items() if isinstance(v, Tensor)}
     return state | {f"ema.{name}": value for name, value in ema.items()}
@@ -185,7 +185,7 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
-def part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def part(state: dict[str, Any], prefix: str) -> dict[str, Any]:
     """The tensors whose name starts with a prefix, without it."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 

@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import Any, TypeVar, get_type_hints
 
 from omegaconf import OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
 T = TypeVar("T")
@@ -85,6 +85,10 @@ def typed(schema: type[T], section: dict[str, Any], where: str = "") -> T:
         raise ConfigError(
             f"{_join(where, key)} is not a known key{_hint(leaf, known)}; known here: {', '.join(known)}"
         ) from error
+    except MissingMandatoryValue as error:
+        key = _join(where, str(error.full_key))
+        remedy = f"set it in the recipe or as {key}=..." if "." in key else "add this section to the recipe"
+        raise ConfigError(f"{key} is missing; {remedy}") from error
     except OmegaConfBaseException as error:
         key = _join(where, str(error.full_key or ""))
         raise ConfigError(f"{key or 'recipe'}: {str(error).splitlines()[0]}") from error

@@ -7,6 +7,7 @@ each group's rate is scaled by layer_decay ** (depth + 1 - depth_of(parameter)) 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2
@@ -83,7 +84,7 @@ def resolve(cfg: Config, num_images: int) -> Rates:
 
 def parameter_groups(objective: nn.Module, cfg: Config) -> list[dict]:
     """Split trainable parameters by decay and, with `layer_decay`, by depth; each group carries `lr_scale`."""
-    encoder = getattr(objective, "encoder", None)
+    encoder: Any = getattr(objective, "encoder", None)  # Encoder | None
     undecayed = {f"encoder.{name}" for name in encoder.no_weight_decay()} if encoder is not None else set()
     groups: dict[tuple[int, bool], dict] = {}
     for name, parameter in objective.named_parameters():

@@ -139,7 +139,8 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
     for network in built.frozen.values():
         network.to(accelerator.device)
     objective = accelerator.unwrap_model(model)
-    ema = {n: p.detach().clone() for n, p in objective.named_parameters() if p.requires_grad} if cfg.optim.ema else {}
+    trained = {n: p for n, p in objective.named_parameters() if p.requires_grad}
+    ema = {n: p.detach().clone() for n, p in trained.items()} if cfg.optim.ema is not None else {}
     name = Path(recipe).stem
     job = Job(cfg, run, built, rates, dataset, sequence, experiment, accelerator, model, optimizer, ema, name)
     state: dict[str, Any] = {"step": 0}
@@ -200,7 +201,7 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
         averages.add_step({"grad_norm": torch.where(finite, norm, 0.0), "skipped": ~finite}, ranks)
         if hasattr(objective, "after_step"):
             objective.after_step(step, progress)
-        if job.ema:
+        if cfg.optim.ema is not None:
             weights = [p.detach() for n, p in objective.named_parameters() if n in job.ema]
             torch._foreach_lerp_(list(job.ema.values()), weights, 1 - cfg.optim.ema)
         progress_line.advance()

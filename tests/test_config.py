@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from mim import config
+from mim import config, train
 from mim.config import ConfigError
+from mim.data import stream
 
 
 @dataclass
@@ -161,8 +162,22 @@ def test_a_value_of_the_wrong_type_is_refused_with_its_key(change, key, value):
     assert value in message
 
 
-def test_a_missing_value_without_a_default_is_named():
-    assert refusal(config.typed, Outer, {}, "data").startswith("data.name: ")
+def test_a_missing_value_is_named_in_full_with_how_to_set_it():
+    for section in ({}, {"name": "???"}):
+        message = refusal(config.typed, Outer, section, "data")
+        assert message == "data.name is missing; set it in the recipe or as data.name=..."
+
+
+@pytest.mark.parametrize("section", ["data", "objective", "optim"])
+def test_a_missing_section_is_named(section):
+    recipe = {"data": {"path": "x"}, "objective": {"name": "mae"}, "optim": {"lr": 1e-3}}
+    del recipe[section]
+    assert refusal(config.typed, train.Config, recipe) == f"{section} is missing; add this section to the recipe"
+
+
+def test_a_recipe_without_a_dataset_is_refused_with_the_key():
+    message = refusal(config.typed, stream.Config, {"image_size": 32}, "data")
+    assert message == "data.path is missing; set it in the recipe or as data.path=..."
 
 
 @pytest.mark.parametrize("value", ["mae", 3, None, [1]])

@@ -1,5 +1,8 @@
 import functools
 import itertools
+import multiprocessing
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from mim.data.shards import Dataset
 from mim.data.stream import evaluate, loader
 
 SIZES = [(16, 24), (8, 12)]
+OPTIONS = {"view": crop, "sizes": SIZES, "batch_size": 8, "num_steps": 40, "workers": 1, "timeout": 20}
 
 
 def mask_quarter(rng):
@@ -172,6 +176,35 @@ def test_reading_data_leaves_the_models_random_state_alone(dataset):
     before = torch.random.get_rng_state()
     batches(dataset, workers=1, num_steps=1)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.fixture
+def handlers():
+    """Handlers in the main process, as a run has them."""
+    previous = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in previous.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_ctrl_c_reaches_workers_too_and_they_go_on(dataset):
+    found = iter(loader(dataset, **OPTIONS, order=order_of(dataset)))
+    next(found)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGINT)
+    assert len(list(found)) == 39
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_worker_that_the_main_process_ends_is_gone(dataset):
+    """A fork inherits handlers; one that swallows SIGTERM would leave a worker that holds up the exit."""
+    found = iter(loader(dataset, **OPTIONS, order=order_of(dataset)))
+    next(found)
+    (worker,) = multiprocessing.active_children()
+    worker.terminate()
+    worker.join(timeout=10)
+    assert worker.exitcode == 0
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -1,6 +1,7 @@
 """The export to timm is the module itself: read back as a user would, it differs by exactly nothing."""
 
 import json
+from pathlib import Path
 
 import pytest
 import timm
@@ -153,13 +154,33 @@ def test_an_empty_folder_is_filled(loaded_run, tmp_path):
     (tmp_path / "out").mkdir()
     target.export(loaded_run("mae"), tmp_path / "out", target.Config())
     assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_an_export_that_differs_is_an_error_and_leaves_no_folder(loaded_run, tmp_path, monkeypatch):
     monkeypatch.setattr(target, "compare", lambda *arguments: 1e-6)
     with pytest.raises(RuntimeError, match="differs from the run by 1e-06"):
         target.export(loaded_run("mae"), tmp_path / "out", target.Config())
-    assert not (tmp_path / "out").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_one_stands_in_is_not_replaced(loaded_run, tmp_path, monkeypatch):
+    run = loaded_run("mae")
+    monkeypatch.chdir(tmp_path)
+    for out in (Path(), tmp_path):
+        with pytest.raises(
+            ConfigError, match=r"is the folder you are in; name another one for the export, e\.g\. .*export"
+        ):
+            target.export(run, out, target.Config())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_relative_folder_is_made_with_its_parents(loaded_run, tmp_path, monkeypatch):
+    run = loaded_run("mae")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    target.export(run, Path("../a/b"), target.Config())
+    assert (tmp_path / "a" / "b" / "model.safetensors").is_file()
 
 
 def test_a_difference_is_noticed(loaded_run, tmp_path):

@@ -255,6 +255,13 @@ def test_the_grid_has_rows_first():
     assert an_encoder().grid((32, 48)) == (4, 6)
 
 
+def test_registers_are_the_model_s_own_unless_the_recipe_gives_a_number():
+    model = "vit_base_patch14_reg4_dinov2"
+    assert an_encoder(model=model).num_prefix == 1 + 4
+    assert an_encoder(model=model, num_registers=0).num_prefix == 1
+    assert an_encoder().num_prefix == 1
+
+
 def test_a_size_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="image size 30x48 does not divide by the patch size 8"):
         an_encoder().grid((30, 48))
@@ -270,6 +277,10 @@ def test_a_size_that_does_not_divide_is_refused():
         ({"model": "beit_base_patch16_224"}, "encoder.model='beit_base_patch16_224' is not timm's VisionTransformer"),
         ({"model": "resnet18"}, "encoder.model='resnet18' is not timm's VisionTransformer"),
         ({"model": "vit_little_patch16_reg4_gap_256"}, "norms after pooling; choose one that norms its tokens"),
+        (
+            {"model": "vit_base_patch16_siglip_224"},
+            "ends in an attention pool, which pretraining would leave untrained",
+        ),
         ({"mean": [0.5], "std": [0.5]}, "encoder.mean has 1 values for images of 3 channels"),
     ],
 )

@@ -8,6 +8,7 @@ quarter of the transport.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Union
@@ -226,5 +227,14 @@ def _in_order(
         prefetch_factor=PREFETCH if workers else None,
         pin_memory=pin_memory,
         timeout=timeout if workers else 0,
+        worker_init_fn=ignore_ctrl_c,
         generator=torch.Generator(),  # its own: starting an epoch must not advance the model's random state
     )
+
+
+def ignore_ctrl_c(_worker: int) -> None:
+    """Let a worker go on after Ctrl-C, which a terminal sends to it too: the main process needs it until it has saved.
+
+    SIGTERM needs no care: torch gives workers a handler of their own, which ends them at once.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -8,6 +8,7 @@ bit for bit, so an export to timm is the module itself.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
@@ -27,7 +28,7 @@ class Config:
     patch_size: int | None = None  # pixels
     layer_scale: float | None = None  # initial gamma: BEiT 0.1 (base), 1e-5 (large); none in MAE
     drop_path_rate: float = 0.0  # of the last block, rising linearly over the blocks
-    num_registers: int = 0
+    num_registers: int | None = None
     positions: str = "learn"  # learn | sincos (fixed, as MAE has them)
     weight_init: str = ""  # timm's: "" truncated normal 0.02, jax Xavier uniform (as in MAE; better below width 512)
     mean: list[float] | None = None  # per channel, of pixels in [0, 1]; null: the dataset's own
@@ -36,12 +37,13 @@ class Config:
 
 def build(cfg: Config, *, image_size: tuple[int, int], channels: int) -> ViT:
     """Build the encoder for images of one size; the grid must divide."""
-    overrides = {
+    overrides: dict[str, Any] = {
         "embed_dim": cfg.width,
         "depth": cfg.depth,
         "num_heads": cfg.num_heads,
         "patch_size": cfg.patch_size,
         "init_values": cfg.layer_scale,
+        "reg_tokens": cfg.num_registers,
     }
     if cfg.positions not in ("learn", "sincos"):
         raise ValueError(f"encoder.positions={cfg.positions!r} is unknown; choose learn or sincos")
@@ -56,7 +58,6 @@ def build(cfg: Config, *, image_size: tuple[int, int], channels: int) -> ViT:
             img_size=image_size,
             in_chans=channels,
             num_classes=0,
-            reg_tokens=cfg.num_registers,
             drop_path_rate=cfg.drop_path_rate,
             weight_init=cfg.weight_init,
             **{key: value for key, value in overrides.items() if value is not None},
@@ -69,6 +70,13 @@ def build(cfg: Config, *, image_size: tuple[int, int], channels: int) -> ViT:
         raise ValueError(f"encoder.model={cfg.model!r} is a {type(vit).__name__}; `vit` takes timm's VisionTransformer")
     if isinstance(vit.norm, nn.Identity):
         raise ValueError(f"encoder.model={cfg.model!r} norms after pooling; choose one that norms its tokens")
+    if vit.attn_pool is not None:
+        raise ValueError(
+            f"encoder.model={cfg.model!r} ends in an attention pool, which pretraining would leave untrained; "
+            f"choose one without"
+        )
+    if cfg.positions == "sincos" and vit.pos_embed is None:
+        raise ValueError(f"encoder.positions=sincos, but encoder.model={cfg.model!r} has no table of positions")
     return ViT(vit, cfg)
 
 
@@ -76,6 +84,9 @@ class ViT(nn.Module):
     """timm's VisionTransformer as an `Encoder`. It carries its own pixel mean and std."""
 
     can_drop = True
+
+    mean: Tensor  # (1, C, 1, 1), as std
+    std: Tensor
 
     def __init__(self, vit: VisionTransformer, cfg: Config) -> None:
         super().__init__()
@@ -89,7 +100,7 @@ class ViT(nn.Module):
         for name, values in (("mean", mean), ("std", std)):
             if len(values) != channels:
                 raise ValueError(f"encoder.{name} has {len(values)} values for images of {channels} channels")
-            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)  # (1, C, 1, 1)
+            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
         if cfg.positions == "sincos":
             self._fix_positions()
 
@@ -175,6 +186,7 @@ class ViT(nn.Module):
         """Store sine-cosine positions in timm's own `pos_embed`, frozen; the prefix gets zeros."""
         positions = sincos_positions(self.vit.patch_embed.grid_size, self.width)  # (N, D)
         table = self.vit.pos_embed
+        assert table is not None
         prefix = table.shape[1] - len(positions)
         with torch.no_grad():
             table.copy_(torch.cat([positions.new_zeros(prefix, self.width), positions]).unsqueeze(0))

@@ -14,7 +14,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import save_for_hf
+from timm.models import VisionTransformer, save_for_hf
 
 from mim.config import ConfigError
 from mim.contracts import LoadedRun
@@ -42,10 +42,24 @@ def export(loaded: LoadedRun, out: Path, cfg: Config) -> dict[str, Any]:
         raise ConfigError(f"{loaded.path} has no timm backbone to export; export a run with encoder.name=vit")
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not empty; choose another folder for the export")
-    model = encoder.vit.cpu().eval()
-    temporary = out.with_name(f".{out.name}.tmp")
+    place = out.resolve()
+    if place == Path.cwd():
+        raise ConfigError(f"{out} is the folder you are in; name another one for the export, e.g. {out / 'export'}")
+    temporary = place.with_name(f".{place.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    try:
+        report = write(loaded, temporary, cfg, folder=out)
+        temporary.rename(place)  # takes the place of an empty folder
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # it is still there when anything failed
+    return report
+
+
+def write(loaded: LoadedRun, temporary: Path, cfg: Config, *, folder: Path) -> dict[str, Any]:
+    """Fill the temporary folder of an export that will be `folder`, and compare. Returns the report."""
+    encoder = loaded.encoder
+    model = encoder.vit.cpu().eval()
     mean, std = encoder.mean.flatten().tolist(), encoder.std.flatten().tolist()
     size = (len(mean), *model.patch_embed.img_size)
     data_config = {"input_size": size, "mean": mean, "std": std, "interpolation": "bicubic", "crop_pct": 1.0}
@@ -77,7 +91,7 @@ def export(loaded: LoadedRun, out: Path, cfg: Config) -> dict[str, Any]:
         README.format(
             arch=model.pretrained_cfg["architecture"],
             objective=loaded.config["objective"]["name"],
-            folder=out,
+            folder=folder,
             size="x".join(map(str, size[1:])),
             mean=[round(v, 4) for v in mean],
             std=[round(v, 4) for v in std],
@@ -86,9 +100,6 @@ def export(loaded: LoadedRun, out: Path, cfg: Config) -> dict[str, Any]:
             weights=weights,
         )
     )
-    if out.exists():
-        out.rmdir()
-    temporary.rename(out)
     return report
 
 
@@ -109,8 +120,8 @@ def model_args(encoder: Any, size: tuple[int, ...]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def compare(model: torch.nn.Module, folder: Path, size: tuple[int, ...]) -> float:
+def compare(model: VisionTransformer, folder: Path, size: tuple[int, ...]) -> float:
     """Largest absolute difference of the features of a fixed batch between a module and its export."""
-    reloaded = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
+    reloaded: Any = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
     images = torch.rand(2, *size, generator=torch.Generator().manual_seed(0))
     return float((model.forward_features(images) - reloaded.forward_features(images)).abs().max())

@@ -53,7 +53,7 @@ class MAE(nn.Module):
         width = cfg.decoder_width
         self.decoder_embed = nn.Linear(encoder.width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        norm = partial(nn.LayerNorm, eps=1e-6)
+        norm: Any = partial(nn.LayerNorm, eps=1e-6)  # timm asks for a type and takes any callable
         self.decoder_blocks = nn.ModuleList(
             Block(width, cfg.decoder_num_heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=norm)
             for _ in range(cfg.decoder_depth)

@@ -1,0 +1,134 @@
+"""The wiring: numbers that contradict each other are refused before anything runs, with the number that is right."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from mim import build
+from mim.config import ConfigError
+
+GRAY = SimpleNamespace(mean=[0.4], std=[0.2])
+COLOUR = SimpleNamespace(mean=[0.5, 0.4, 0.3], std=[0.3, 0.2, 0.1])
+
+
+def refusal(sections) -> str:
+    with pytest.raises(ConfigError) as error:
+        build.build(sections)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ---- pixel statistics ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("channels", "dataset", "mean", "std"),
+    [
+        (3, COLOUR, COLOUR.mean, COLOUR.std),
+        (1, GRAY, GRAY.mean, GRAY.std),
+        (1, COLOUR, [0.4], [0.2]),  # the means over the channels
+        (3, GRAY, [0.4] * 3, [0.2] * 3),
+        (3, None, build.IMAGENET_MEAN, build.IMAGENET_STD),
+        (1, None, [0.5], [0.5]),
+    ],
+)
+def test_statistics_are_the_dataset_s_own_in_the_channels_that_are_read(channels, dataset, mean, std):
+    found = build.statistics(channels, dataset)
+    assert found[0] == pytest.approx(mean)
+    assert found[1] == pytest.approx(std)
+
+
+def test_statistics_of_the_recipe_go_before_the_dataset_s(recipe):
+    sections = recipe()
+    sections["encoder"] |= {"mean": [0.1, 0.2, 0.3]}
+    built = build.build(sections, dataset=COLOUR)
+    assert built.encoder.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert built.encoder.std.flatten().tolist() == pytest.approx(COLOUR.std)
+    assert built.sections["encoder"]["std"] == COLOUR.std
+
+
+# ---- tokenizer and encoder -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("image_size", "stated", "message"),
+    [
+        (32, 64, "gives a grid of 8x8 codes, but the encoder has 4x4 patches; use tokenizer.image_size=32,"),
+        (
+            [32, 48],
+            32,
+            "gives a grid of 4x4 codes, but the encoder has 4x6 patches; use tokenizer.image_size=[32, 48],",
+        ),
+    ],
+)
+def test_a_tokenizer_s_image_size_must_give_the_grid_of_the_patches(recipe, image_size, stated, message):
+    sections = recipe("beit")
+    sections["data"]["image_size"] = image_size
+    sections["tokenizer"]["image_size"] = stated
+    assert refusal(sections) == f"tokenizer.image_size={stated} {message} or leave it out"
+
+
+def test_the_tokenizer_s_image_size_follows_from_its_stride_and_the_patches(recipe):
+    sections = recipe("beit")
+    sections["encoder"]["patch_size"] = 16  # 2 x 2 patches, and codes of 8 pixels
+    assert build.build(sections).views.sizes == [(32, 32), (16, 16)]
+    sections["tokenizer"]["image_size"] = 16
+    assert build.build(sections).views.sizes == [(32, 32), (16, 16)]
+
+
+def test_the_number_of_codes_must_be_the_tokenizer_s(recipe):
+    sections = recipe("beit")
+    sections["objective"]["num_codes"] = 8192
+    expected = "objective.num_codes=8192, but the tokenizer has 16 codes; set objective.num_codes=16"
+    assert refusal(sections) == expected
+
+
+def test_beit_without_a_tokenizer_is_refused(recipe):
+    sections = recipe("beit")
+    del sections["tokenizer"]
+    expected = "objective.name=beit needs a tokenizer; add tokenizer: {recipe: NAME, path: RUN}"
+    assert refusal(sections) == expected
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_path_without_a_trained_tokenizer_is_refused_with_the_command_that_trains_it(recipe, tmp_path, exists):
+    path = tmp_path / "run"
+    if exists:
+        path.mkdir()
+    sections = recipe("beit")
+    sections["tokenizer"]["path"] = str(path)
+    assert refusal(sections) == (
+        f"tokenizer.path={str(path)!r} holds no trained tokenizer; train one first, e.g. "
+        f"`mim train dvae train.run={path}`"
+    )
+
+
+def test_a_tokenizer_without_a_path_is_refused(recipe):
+    sections = recipe("beit")
+    del sections["tokenizer"]["path"]
+    assert refusal(sections).startswith("tokenizer.path is missing: the run of a trained tokenizer")
+
+
+def test_a_mistyped_key_of_a_frozen_tokenizer_is_refused(recipe):
+    sections = recipe("beit")
+    sections["tokenizer"]["img_size"] = 32
+    assert refusal(sections) == "tokenizer.img_size is not a known key; known here: recipe, path, image_size"
+
+
+# ---- objective -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", ["mae", "beit"])
+def test_an_objective_that_reads_a_mask_needs_one(recipe, objective):
+    sections = recipe(objective)
+    del sections["mask"]
+    expected = f"objective.name={objective} needs a mask; add e.g. mask: {{name: random, ratio: 0.75}}"
+    assert refusal(sections) == expected
+
+
+@pytest.mark.parametrize(("data", "objective"), [(1, 3), (3, 1)])
+def test_the_channels_of_mae_must_be_those_of_the_data(recipe, data, objective):
+    sections = recipe("mae")
+    sections["data"]["channels"] = data
+    sections["objective"]["channels"] = objective
+    assert refusal(sections) == f"objective.channels={objective}, but data.channels={data}; make them equal"
