@@ -26,6 +26,7 @@ class Config:
     decoder_num_heads: int = 16
     norm_pix_loss: bool = True  # targets are normalised per patch, with the unbiased variance
     norm_pix_eps: float = 1e-6  # added to that variance; larger keeps flat patches from making targets of their noise
+    pred_gain: float = 1.0  # of the head's Xavier weights; near 0 starts at the mean patch: no plateau in short runs
     channels: int = 3  # of the images
 
 
@@ -66,6 +67,7 @@ class MAE(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.decoder_pred.weight, gain=cfg.pred_gain)
 
     def forward(self, batch: Batch, progress: Tensor) -> dict[str, Tensor]:
         """Return loss (B,)."""
