@@ -52,8 +52,11 @@ SKIMAGE = (
 )
 
 
-def main(images: Path | None, out: Path, *, seed: int = 0) -> None:
-    """Run every stage (each resumes or is skipped when done before), and print the table and where things are."""
+def main(images: Path | None, out: Path, *, seed: int = 0, overrides: tuple[str, ...] = ()) -> None:
+    """Run every stage (each resumes or is skipped when done before), and print the table and where things are.
+
+    `overrides` are applied to all three recipes.
+    """
     stages = Stages()
     with stages("crops and shards"):
         photographs = dict(_photographs() if images is None else _own_photographs(images, seed))
@@ -64,7 +67,7 @@ def main(images: Path | None, out: Path, *, seed: int = 0) -> None:
     for name, run in runs.items():
         tokenizer = [f"tokenizer.path={runs['dvae']}"] if name == "beit" else []
         with stages({"dvae": "tokenizer (dVAE)", "beit": "BEiT", "mae": "MAE"}[name]):
-            arguments = [*common, f"optim.seed={seed}", f"train.run={run}", *tokenizer]
+            arguments = [*common, f"optim.seed={seed}", f"train.run={run}", *tokenizer, *overrides]
             if train.main(f"{name}_demo", arguments) != train.DONE:
                 raise ConfigError(f"the demo was stopped; `mim demo --out {out}` goes on from there")
     with stages("probes"):
@@ -136,9 +139,7 @@ def _own_photographs(folder: Path, seed: int) -> Iterator[tuple[str, np.ndarray]
                 found += 1
                 yield f"{found:02d}-{files[index].stem}", np.asarray(image.convert("RGB"))
     if found < 2:
-        raise ConfigError(
-            f"--images {folder} holds {found} images of at least {2 * SIZE} px a side; at least 2 are needed"
-        )
+        raise ConfigError(f"--images {folder} holds {found} images of at least {MIN_SIDE} px a side; 2 are needed")
 
 
 def _shards(photographs: dict[str, np.ndarray], out: Path, split: str, seed: int) -> Path:
@@ -155,13 +156,16 @@ def _shards(photographs: dict[str, np.ndarray], out: Path, split: str, seed: int
 
 
 def _crops(pixels: np.ndarray, split: str, seed: int, photograph: int) -> Iterator[Image.Image]:
-    """Random squares: those for training from the left 70 % of a photograph, the others from the right 30 %."""
+    """Random squares of 64 to 128 px: for training from the left 70 % of a photograph, else from the right 30 %."""
     border = int(pixels.shape[1] * 0.7)
     region = pixels[:, :border] if split == "train" else pixels[:, border:]
+    largest = min(2 * SIZE, *region.shape[:2])
     for index in range(TRAIN_CROPS if split == "train" else VAL_CROPS):
         draw = rng(f"demo/{split}", seed, photograph, index)
-        top, left = (int(draw.integers(0, n - SIZE + 1)) for n in region.shape[:2])
-        yield Image.fromarray(np.ascontiguousarray(region[top : top + SIZE, left : left + SIZE]))
+        side = int(draw.integers(SIZE, largest + 1))
+        top, left = (int(draw.integers(0, n - side + 1)) for n in region.shape[:2])
+        crop = Image.fromarray(np.ascontiguousarray(region[top : top + side, left : left + side]))
+        yield crop.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
 
 
 # ---- probes and exports ----------------------------------------------------------------------------------------------
