@@ -132,3 +132,9 @@ def test_the_channels_of_mae_must_be_those_of_the_data(recipe, data, objective):
     sections["data"]["channels"] = data
     sections["objective"]["channels"] = objective
     assert refusal(sections) == f"objective.channels={objective}, but data.channels={data}; make them equal"
+
+
+def test_the_channels_of_the_tokenizer_must_be_those_of_the_data(recipe):
+    sections = recipe("tokenize")
+    sections["tokenizer"]["channels"] = 1
+    assert "takes 1 channels, but data.channels=3" in refusal(sections)
