@@ -31,6 +31,7 @@ from mim.log import clock, say
 
 SIZE = 64  # pixels of a crop
 TRAIN_CROPS, VAL_CROPS = 400, 50  # per photograph
+BANK_CROPS = 3600  # training crops that the probes see
 NUM_PHOTOGRAPHS = 18
 MIN_SIDE = 4 * SIZE  # pixels of an own image: 30 % of its width must hold a crop
 SKIMAGE = (
@@ -185,7 +186,7 @@ def _probe_all(loaded: dict[str, LoadedRun]) -> Iterator[tuple[str, dict[str, fl
     }
     knn_cfg, ridge_cfg = knn.Config(), ridge.Config()
     for name, (run, embed) in embeds.items():
-        bank, queries = labelled_splits(run, embed, batch_size=256, train_limit=None, val_limit=None)
+        bank, queries = labelled_splits(run, embed, batch_size=256, train_limit=BANK_CROPS, val_limit=None)
         yield (
             name,
             {

@@ -1,0 +1,37 @@
+"""kNN and ridge accuracy of raw pixels and of an untrained encoder on a run's own data: what a pretrained one must beat.
+
+python benchmarks/baselines.py runs/mae_vittiny_cifar10 --train-limit 10000
+"""
+
+import argparse
+import json
+
+import torch
+
+from mim import build
+from mim.contracts import LoadedRun
+from mim.evals import knn, ridge
+from mim.features import labelled_splits, pooled
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("run", help="run directory whose data, views and encoder are used")
+parser.add_argument("--train-limit", type=int, default=10000, help="images of the bank (default: %(default)s)")
+parser.add_argument("--seed", type=int, default=0, help="of the untrained encoder")
+arguments = parser.parse_args()
+
+trained = build.load_run(arguments.run)
+torch.manual_seed(arguments.seed)
+fresh = build.build(trained.config).encoder.eval()
+untrained = LoadedRun(None, fresh, {}, trained.views, trained.config, 0, trained.path)
+embeds = {
+    "raw pixels": lambda images: images.flatten(1),
+    "random initialisation": pooled(untrained, "mean"),
+    "pretrained": pooled(trained, "mean"),
+}
+for name, embed in embeds.items():
+    bank, queries = labelled_splits(trained, embed, batch_size=256, train_limit=arguments.train_limit, val_limit=None)
+    accuracy = {
+        "knn": knn.knn_accuracy(bank, queries, k=knn.Config.k, temperature=knn.Config.temperature),
+        "ridge": ridge.ridge_accuracy(bank, queries, strengths=ridge.Config().strengths),
+    }
+    print(json.dumps({"features": name, **accuracy}), flush=True)
