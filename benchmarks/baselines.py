@@ -1,4 +1,4 @@
-"""kNN and ridge accuracy of raw pixels and of an untrained encoder on a run's own data: what a pretrained one must beat.
+"""kNN and ridge accuracy of raw pixels and of an untrained encoder on a run's data: what pretraining must beat.
 
 python benchmarks/baselines.py runs/mae_vittiny_cifar10 --train-limit 10000
 """
