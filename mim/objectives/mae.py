@@ -26,7 +26,7 @@ class Config:
     decoder_num_heads: int = 16
     norm_pix_loss: bool = True  # targets are normalised per patch, with the unbiased variance
     norm_pix_eps: float = 1e-6  # added to that variance; larger keeps flat patches from making targets of their noise
-    pred_gain: float = 1.0  # of the head's Xavier weights; near 0 starts at the mean patch: no plateau in short runs
+    pred_gain: float = 1.0  # of the head's Xavier weights; near 0 starts at the mean patch
     channels: int = 3  # of the images
 
 
