@@ -48,7 +48,7 @@ def demo(images: Path | None, out: Path, seed: int) -> None:
     """
     from mim import demo as demonstration
 
-    demonstration.main(images, out, seed=seed)
+    sys.exit(demonstration.main(images, out, seed=seed))
 
 
 @cli.group()

@@ -7,9 +7,17 @@ brightness and inversion: on plain colour crops a colour histogram alone answers
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +26,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mim import build, train
+from mim import build
 from mim.config import ConfigError
 from mim.contracts import LoadedRun
 from mim.data.listing import list_images
@@ -26,8 +34,9 @@ from mim.data.make import make
 from mim.data.order import rng
 from mim.evals import codebook, knn, ridge
 from mim.exports import timm as timm_export
-from mim.features import Embed, labelled_splits, pooled
-from mim.log import clock, say
+from mim.features import Embed, Split, labelled_splits, pooled
+from mim.log import clock, say, write_json
+from mim.train import DONE
 
 SIZE = 64  # pixels of a crop
 TRAIN_CROPS, VAL_CROPS = 400, 50  # per photograph
@@ -53,61 +62,123 @@ SKIMAGE = (
 )
 
 
-def main(images: Path | None, out: Path, *, seed: int = 0, overrides: tuple[str, ...] = ()) -> None:
+LANES = (("dvae", "beit"), ("mae",))  # trained side by side, each in turn: small networks use one core better than two
+
+
+def main(images: Path | None, out: Path, *, seed: int = 0, overrides: tuple[str, ...] = ()) -> int:
     """Run every stage (each resumes or is skipped when done before), and print the table and where things are.
 
-    `overrides` are applied to all three recipes.
+    `overrides` are applied to all three recipes. Returns the exit code: 0 done, else that of the training that ended.
     """
-    stages = Stages()
-    with stages("crops and shards"):
+    began = time.perf_counter()
+    seconds: dict[str, float] = {}
+    with announced("1. crops and shards", seconds):
         photographs = dict(_photographs() if images is None else _own_photographs(images, seed))
         say(f"cutting {TRAIN_CROPS} + {VAL_CROPS} crops of {SIZE} px from each of {len(photographs)} photographs")
         shards = {split: _shards(photographs, out, split, seed) for split in ("train", "val")}
     common = [f"data.path={shards['train']}", f"data.val_path={shards['val']}", f"data.seed={seed}"]
-    runs = {name: out / "runs" / name for name in ("dvae", "beit", "mae")}
-    for name, run in runs.items():
-        tokenizer = [f"tokenizer.path={runs['dvae']}"] if name == "beit" else []
-        with stages({"dvae": "tokenizer (dVAE)", "beit": "BEiT", "mae": "MAE"}[name]):
-            arguments = [*common, f"optim.seed={seed}", f"train.run={run}", *tokenizer, *overrides]
-            if train.main(f"{name}_demo", arguments) != train.DONE:
-                raise ConfigError(f"the demo was stopped; `mim demo --out {out}` goes on from there")
-    with stages("probes"):
-        loaded = {name: build.load_run(runs[name]) for name in runs}
-        rows = dict(_probe_all(loaded))
+    runs = {name: out / "runs" / name for lane in LANES for name in lane}
+    commands = {
+        name: [f"{name}_demo", *common, f"optim.seed={seed}", f"train.run={run}", *overrides]
+        for name, run in runs.items()
+    }
+    commands["beit"].append(f"tokenizer.path={runs['dvae']}")
+    with announced("2. training: the tokenizer (dVAE), then BEiT on its codes; MAE beside them", seconds):
+        code = Trainings(commands, seconds).run()
+    if code != DONE:
+        say(f"the demo ended early; `mim demo --out {out}` goes on from its last checkpoints")
+        return code
+    with announced("3. probes", seconds):
+        loaded = {name: build.load_run(run) for name, run in runs.items()}
+        rows = _probe(loaded)
         codes = dict(codebook.run(loaded["beit"], codebook.Config()))
-    with stages("exports and their check"):
+    with announced("4. exports and their check", seconds):
         checks = {name: _export(loaded[name], out / "exports" / name) for name in ("beit", "mae")}
     results = {
         "photographs": sorted(photographs),
         "accuracy": rows,
         "codes": codes,
         "images_per_s": {name: _images_per_s(run) for name, run in runs.items()},
-        "seconds": stages.seconds,
+        "seconds": seconds | {"all": round(time.perf_counter() - began, 1)},
         "export_difference": checks,
     }
-    (out / "results.json").write_text(json.dumps(results, indent=1))
+    write_json(out / "results.json", results)
     print(_table(results, out, runs))
+    return DONE
 
 
-class Stages:
-    """Announces and times stages: `with stages(name): ...`."""
+@contextlib.contextmanager
+def announced(stage: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Say that a stage begins, and note the seconds that it took."""
+    say(f"\n== {stage}")
+    began = time.perf_counter()
+    yield
+    seconds[stage.split(". ")[1].split(":")[0]] = round(time.perf_counter() - began, 1)
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._current: tuple[str, float] | None = None
 
-    def __call__(self, name: str) -> Stages:
-        say(f"\n== {len(self.seconds) + 1}. {name}")
-        self._current = (name, time.perf_counter())
-        return self
+# ---- trainings -------------------------------------------------------------------------------------------------------
 
-    def __enter__(self) -> None:
-        return None
 
-    def __exit__(self, *_error: object) -> None:
-        assert self._current is not None
-        name, began = self._current
-        self.seconds[name] = round(time.perf_counter() - began, 1)
+class Trainings:
+    """Runs `mim train` for each name of each lane, the lanes side by side on an equal share of the cores.
+
+    Their output is passed on line by line, marked by name. When one fails, the others save and stop; so they do after
+    SIGTERM or Ctrl-C.
+    """
+
+    def __init__(self, commands: dict[str, list[str]], seconds: dict[str, float]) -> None:
+        self.commands = commands
+        self.seconds = seconds
+        self.processes: list[subprocess.Popen[str]] = []
+        self.stopping = False
+        cores = len(os.sched_getaffinity(0))
+        self.environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // len(LANES)))}
+
+    def run(self) -> int:
+        """Return 0, or the first other exit code."""
+        previous = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            with ThreadPoolExecutor(len(LANES)) as pool:
+                codes = list(pool.map(self._lane, LANES))
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        return next((code for code in codes if code != DONE), DONE)
+
+    def _lane(self, names: tuple[str, ...]) -> int:
+        for name in names:
+            began = time.perf_counter()
+            code = self._train(name)
+            self.seconds[name] = round(time.perf_counter() - began, 1)
+            if code != DONE:
+                self._stop()
+                return code
+        return DONE
+
+    def _train(self, name: str) -> int:
+        arguments = ["train", *self.commands[name]]
+        say(f"{name:4} | $ mim {shlex.join(arguments)}")
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mim", *arguments],
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            process_group=0,  # Ctrl-C reaches it through _stop alone, once
+        )
+        self.processes.append(process)
+        if self.stopping:
+            process.terminate()
+        assert process.stdout is not None
+        for line in process.stdout:
+            say(f"{name:4} | {line.rstrip()}")
+        return process.wait()
+
+    def _stop(self, *_signal: object) -> None:
+        self.stopping = True
+        for process in self.processes:
+            if process.poll() is None:
+                process.terminate()
 
 
 # ---- photographs -----------------------------------------------------------------------------------------------------
@@ -172,28 +243,40 @@ def _crops(pixels: np.ndarray, split: str, seed: int, photograph: int) -> Iterat
 # ---- probes and exports ----------------------------------------------------------------------------------------------
 
 
-def _probe_all(loaded: dict[str, LoadedRun]) -> Iterator[tuple[str, dict[str, float]]]:
-    """kNN and ridge accuracy of the baselines and of both runs, on the same held-out crops."""
-    torch.manual_seed(0)
-    fresh = build.build(loaded["mae"].config).encoder.eval()
-    random = LoadedRun(None, fresh, {}, loaded["mae"].views, loaded["mae"].config, 0, loaded["mae"].path)
-    embeds: dict[str, tuple[LoadedRun, Embed]] = {
-        "raw pixels": (random, lambda images: images.flatten(1)),
-        "intensity histogram": (random, _histogram),
-        "random initialisation": (random, pooled(random, "mean")),
-        "BEiT": (loaded["beit"], pooled(loaded["beit"], "mean")),
-        "MAE": (loaded["mae"], pooled(loaded["mae"], "mean")),
+def _probe(loaded: dict[str, LoadedRun]) -> dict[str, dict[str, float]]:
+    """kNN and ridge accuracy of the baselines and of both runs, on the same held-out crops, each decoded once."""
+    embeds: dict[str, Embed] = {
+        "raw pixels": lambda images: images.flatten(1),
+        "intensity histogram": _histogram,
+        "random init, as BEiT": pooled(_untrained(loaded["beit"]), "mean"),
+        "BEiT": pooled(loaded["beit"], "mean"),
+        "random init, as MAE": pooled(_untrained(loaded["mae"]), "mean"),
+        "MAE": pooled(loaded["mae"], "mean"),
     }
+    widths: list[int] = []
+
+    def together(images: Tensor) -> Tensor:
+        found = [embed(images) for embed in embeds.values()]  # each (B, D)
+        widths[:] = [x.shape[1] for x in found]
+        return torch.cat(found, dim=1)
+
+    splits = labelled_splits(loaded["mae"], together, batch_size=256, train_limit=BANK_CROPS, val_limit=None)
+    parts = zip(*(split.features.split(widths, dim=1) for split in splits), strict=True)
     knn_cfg, ridge_cfg = knn.Config(), ridge.Config()
-    for name, (run, embed) in embeds.items():
-        bank, queries = labelled_splits(run, embed, batch_size=256, train_limit=BANK_CROPS, val_limit=None)
-        yield (
-            name,
-            {
-                "knn": knn.knn_accuracy(bank, queries, k=knn_cfg.k, temperature=knn_cfg.temperature),
-                "ridge": ridge.ridge_accuracy(bank, queries, strengths=ridge_cfg.strengths),
-            },
-        )
+    rows = {}
+    for name, (x, y) in zip(embeds, parts, strict=True):
+        bank, queries = Split(x, splits[0].labels), Split(y, splits[1].labels)
+        rows[name] = {
+            "knn": knn.knn_accuracy(bank, queries, k=knn_cfg.k, temperature=knn_cfg.temperature),
+            "ridge": ridge.ridge_accuracy(bank, queries, strengths=ridge_cfg.strengths),
+        }
+    return rows
+
+
+def _untrained(loaded: LoadedRun) -> LoadedRun:
+    """A run's encoder as it was before training."""
+    torch.manual_seed(loaded.config["optim"]["seed"])
+    return dataclasses.replace(loaded, encoder=build.build(loaded.config).encoder.eval())
 
 
 def _histogram(images: Tensor) -> Tensor:
@@ -229,8 +312,7 @@ def _table(results: dict[str, Any], out: Path, runs: dict[str, Path]) -> str:
         f"always guessing the most frequent one: {100 * codes['unigram_accuracy']:.1f} %",
         f"codebook: {100 * codes['usage']:.0f} % of the codes in use, perplexity {codes['perplexity']:.0f}",
         "images/s: " + ", ".join(f"{name} {value:.0f}" for name, value in speed.items()),
-        "time: " + ", ".join(f"{name} {clock(seconds)}" for name, seconds in results["seconds"].items())
-        + f"; together {clock(sum(results['seconds'].values()))}",
+        "time: " + ", ".join(f"{name} {clock(value)}" for name, value in results["seconds"].items()),
         "",
         *(f"picture  {_newest_picture(run)}" for run in runs.values()),
         *(

@@ -12,10 +12,12 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mim.contracts import Features
+from mim.initialization import tie_keys_to_queries
 from mim.patches import gather, sincos_positions
 
 
@@ -31,6 +33,7 @@ class Config:
     num_registers: int | None = None
     positions: str = "learn"  # learn | sincos (fixed, as MAE has them)
     weight_init: str = ""  # timm's: "" truncated normal 0.02, jax Xavier uniform (as in MAE; better below width 512)
+    qk_gain: float | None = None  # keys start equal to queries, scaled by this: short runs learn where to look sooner
     mean: list[float] | None = None  # per channel, of pixels in [0, 1]; null: the dataset's own
     std: list[float] | None = None
 
@@ -75,6 +78,10 @@ def build(cfg: Config, *, image_size: tuple[int, int], channels: int) -> ViT:
             f"encoder.model={cfg.model!r} ends in an attention pool, which pretraining would leave untrained; "
             f"choose one without"
         )
+    if cfg.qk_gain is not None and not all(isinstance(getattr(b, "attn", None), Attention) for b in vit.blocks):
+        raise ValueError(
+            f"encoder.qk_gain is for plain attention; the blocks of encoder.model={cfg.model!r} have another"
+        )
     if cfg.positions == "sincos" and vit.pos_embed is None:
         raise ValueError(f"encoder.positions=sincos, but encoder.model={cfg.model!r} has no table of positions")
     return ViT(vit, cfg)
@@ -103,6 +110,8 @@ class ViT(nn.Module):
             self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
         if cfg.positions == "sincos":
             self._fix_positions()
+        if cfg.qk_gain is not None:
+            tie_keys_to_queries(vit.blocks, cfg.qk_gain)
 
     def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Return (h, w) for an image size (H, W) in pixels."""

@@ -16,6 +16,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mim.contracts import Batch, Encoder, Features
+from mim.initialization import tie_keys_to_queries
 from mim.patches import gather, mask_to_ids, patchify, sincos_positions, unpatchify
 
 
@@ -24,9 +25,8 @@ class Config:
     decoder_width: int = 512
     decoder_depth: int = 8  # blocks
     decoder_num_heads: int = 16
+    decoder_qk_gain: float | None = None  # as encoder.qk_gain
     norm_pix_loss: bool = True  # targets are normalised per patch, with the unbiased variance
-    norm_pix_eps: float = 1e-6  # added to that variance; larger keeps flat patches from making targets of their noise
-    pred_gain: float = 1.0  # of the head's Xavier weights; near 0 starts at the mean patch
     channels: int = 3  # of the images
 
 
@@ -67,7 +67,8 @@ class MAE(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.decoder_pred.weight, gain=cfg.pred_gain)
+        if cfg.decoder_qk_gain is not None:
+            tie_keys_to_queries(self.decoder_blocks, cfg.decoder_qk_gain)
 
     def forward(self, batch: Batch, progress: Tensor) -> dict[str, Tensor]:
         """Return loss (B,)."""
@@ -97,7 +98,7 @@ class MAE(nn.Module):
         if not self.cfg.norm_pix_loss:
             return patches, patches.new_zeros(()), patches.new_ones(())
         mean = patches.mean(dim=-1, keepdim=True)
-        std = (patches.var(dim=-1, keepdim=True) + self.cfg.norm_pix_eps).sqrt()  # unbiased, as published
+        std = (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()  # unbiased, as published
         return (patches - mean) / std, mean, std
 
     def positions(self, grid: tuple[int, int], device: torch.device) -> Tensor:
