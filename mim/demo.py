@@ -260,7 +260,7 @@ def _probe(loaded: dict[str, LoadedRun]) -> dict[str, dict[str, float]]:
         widths[:] = [x.shape[1] for x in found]
         return torch.cat(found, dim=1)
 
-    splits = labelled_splits(loaded["mae"], together, batch_size=256, train_limit=BANK_CROPS, val_limit=None)
+    splits = labelled_splits(loaded["mae"], together, batch_size=64, train_limit=BANK_CROPS, val_limit=None)
     parts = zip(*(split.features.split(widths, dim=1) for split in splits), strict=True)
     knn_cfg, ridge_cfg = knn.Config(), ridge.Config()
     rows = {}

@@ -30,7 +30,7 @@ def test_the_demo_runs_every_stage_on_own_pictures_and_prints_one_table(pictures
     out = tmp_path / "out"
     demo.main(pictures, out, overrides=SHORT)
     printed = capsys.readouterr().out
-    rows = ("raw pixels", "intensity histogram", "random initialisation", "BEiT", "MAE")
+    rows = ("raw pixels", "intensity histogram", "random init, as BEiT", "BEiT", "random init, as MAE", "MAE")
     assert all(f"  {row} " in printed for row in rows)
     results = json.loads((out / "results.json").read_text())
     assert set(results["accuracy"]) == set(rows)
