@@ -4,6 +4,8 @@
     shard-00000.npy      structured array, a row per sample: hash of the key; offset, size and CRC32 of each member
     dataset.lock.json    format, ordered shards (file, size, sha256, count), schema, statistics, what was left out
 
+A shard may lie elsewhere: its entry then has a `url` (an absolute path or an URL), and only its index is in the folder.
+
 `dataset_id` hashes only the ordered (sha256, size, count) and the schema: a dataset may move, and its statistics may
 be taken again, without becoming another one. Reading is one `pread` per sample, proven by the CRC32 of each member
 and by the hash of the key in the header before it. Only members that the schema names are read; nothing is unpickled.
@@ -53,6 +55,7 @@ class Dataset:
         self.std: list[float] = lock["statistics"]["std"]
         self.channels = len(self.mean)  # 1 when every image is gray
         self._files: list[str] = [shard["file"] for shard in lock["shards"]]
+        self._locations = [location(path, shard) for shard in lock["shards"]]
         self._members = ["image", "label"] if self.classes is not None else ["image"]
         self._indices: dict[int, np.ndarray] = {}
         self._store = Store()
@@ -63,7 +66,7 @@ class Dataset:
         path = Path(path)
         lock = read_lock(path)
         for shard in lock["shards"]:
-            file = path / shard["file"]
+            file = Path(location(path, shard))
             size = file.stat().st_size if file.is_file() else None
             if size != shard["size"]:
                 fact = "is missing" if size is None else f"has {size} bytes instead of {shard['size']}"
@@ -80,9 +83,9 @@ class Dataset:
         start = min(offset for offset, _, _ in members.values()) - tar.BLOCK  # from the header of the first member
         end = max(offset + size for offset, size, _ in members.values())
         file = self._files[shard]
-        data = self._store.pread(f"{self.path}/{file}", start, end - start)
+        data = self._store.pread(self._locations[shard], start, end - start)
         key, _ = split_name(tar.name_of(data[: tar.BLOCK]))
-        where = f"{self.path}/{file}, sample {key!r}"
+        where = f"{self._locations[shard]}, sample {key!r}"
         if key_hash(key) != record["key"]:
             raise DataError(f"{where}: the header differs from the index; the shard is damaged, copy it again")
         content = {}
@@ -115,6 +118,11 @@ class Dataset:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_indices": {}}
+
+
+def location(path: Path, shard: dict[str, Any]) -> str:
+    """Where the bytes of a shard of the lock lie."""
+    return shard.get("url") or f"{path}/{shard['file']}"
 
 
 def is_dataset(path: str | Path) -> bool:
