@@ -36,7 +36,7 @@ from mim.evals import codebook, knn, ridge
 from mim.exports import timm as timm_export
 from mim.features import Embed, Split, labelled_splits, pooled
 from mim.log import clock, say, write_json
-from mim.train import DONE
+from mim.train import DONE, STOPPED
 
 SIZE = 64  # pixels of a crop
 TRAIN_CROPS, VAL_CROPS = 400, 50  # per photograph
@@ -143,6 +143,7 @@ class Trainings:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+        codes.sort(key=lambda code: code in (DONE, STOPPED))  # a failure before those that it stopped
         return next((code for code in codes if code != DONE), DONE)
 
     def _lane(self, names: tuple[str, ...]) -> int:
@@ -172,7 +173,8 @@ class Trainings:
         assert process.stdout is not None
         for line in process.stdout:
             say(f"{name:4} | {line.rstrip()}")
-        return process.wait()
+        code = process.wait()
+        return code if code >= 0 else STOPPED  # killed by a signal: its last checkpoint is there
 
     def _stop(self, *_signal: object) -> None:
         self.stopping = True

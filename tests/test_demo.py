@@ -1,6 +1,10 @@
 """The demo from images to table, on tiny pictures and two steps a stage."""
 
 import json
+import os
+import signal
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -52,3 +56,29 @@ def test_a_folder_without_large_images_is_refused(tmp_path):
     Image.new("RGB", (32, 32)).save(tmp_path / "small.png")
     with pytest.raises(ConfigError, match="holds 0 images of at least 256 px"):
         demo.main(tmp_path, tmp_path / "out")
+
+
+def endless(shards, run):
+    data = [f"data.path={shards / 'train'}", f"data.val_path={shards / 'val'}"]
+    return ["mae_demo", *data, f"train.run={run}", "optim.length=100000 steps", "train.log_every=1 steps"]
+
+
+def test_a_stop_signal_lets_the_trainings_save_and_stop(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "LANES", (("mae",),))
+    run = tmp_path / "mae"
+
+    def stop_after_the_first_step():
+        while not (run / "log.jsonl").is_file() or not (run / "log.jsonl").read_text():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop_after_the_first_step, daemon=True).start()
+    assert demo.Trainings({"mae": endless(shards, run)}, {}).run() == 75
+    assert json.loads((run / "status.json").read_text())["state"] == "stopped"
+    assert any((run / "checkpoints").iterdir())
+
+
+def test_when_one_training_fails_the_others_stop_and_its_code_is_returned(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "LANES", (("mae",), ("beit",)))
+    commands = {"mae": endless(shards, tmp_path / "mae"), "beit": ["no_such_recipe"]}
+    assert demo.Trainings(commands, {}).run() == 2
