@@ -68,6 +68,31 @@ def shards_inspect(dataset: Path, as_json: bool) -> None:
         click.echo(f"{name:20} {json.dumps(value) if isinstance(value, (dict, list)) else value}")
 
 
+@shards.command("index")
+@click.argument("urls", nargs=-1, required=True, metavar="URL...")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--headers-only", is_flag=True, help="Read only the tars' headers, by ranges: no CRC32, no sha256.")
+@click.option("--labels", type=click.Choice(["cls"]), help="Read the class of each sample from its member .cls.")
+@click.option("--image", help="Ending of the image member, for samples that have several or an unusual one.")
+@click.option("--workers", type=int, help="Processes; default: the allowed CPUs.")
+@click.option("--part", help="i/n: only every n-th tar, from the i-th; then `mim shards join OUT`.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def shards_index(urls: tuple[str, ...], out: Path, part: str | None, as_json: bool, **options: Any) -> None:
+    """Turn an existing WebDataset into a dataset folder OUT without rewriting it.
+
+    A URL is a tar, a folder of tars, or an address (http, https, s3, gs, hf); {000..012} stands for numbers.
+
+    \b
+    Examples:
+      mim shards index /data/imagenet shards/imagenet --labels cls
+      mim shards index 'https://example.org/train-{0000..0127}.tar' shards/web --headers-only
+    """
+    from mim.data.index import index
+    from mim.data.parts import parse_part
+
+    tell(index(list(urls), out, part=parse_part(part), **options), as_json)
+
+
 @shards.command("verify")
 @click.argument("dataset", type=click.Path(path_type=Path))
 @click.option("--decode", is_flag=True, help="Decode every image too, and write DATASET/quarantine.json.")

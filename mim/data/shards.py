@@ -133,7 +133,7 @@ class Dataset:
 
     def _label(self, raw: bytes, where: str) -> int:
         assert self.classes is not None
-        if not raw.isdigit() or int(raw) >= len(self.classes):
+        if not raw.strip().isdigit() or int(raw) >= len(self.classes):  # a line end is what `echo` leaves
             raise DataError(f"{where}: label {raw[:20]!r} is not one of the {len(self.classes)} classes")
         return int(raw)
 

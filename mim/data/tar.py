@@ -117,11 +117,12 @@ def scan(
     store: Store | None = None,
     keep: int = 0,  # bytes: the data of members up to this size comes with them
     headers_only: bool = False,
-    digest: Any = None,  # of hashlib: sees the whole file, or all headers
+    digest: Any = None,  # of hashlib: sees the whole file; with `headers_only`, headers and name records
 ) -> Iterator[Member]:
     """Yield the regular files of a tar in order; raise DataError with file and offset on anything unexpected."""
     chunk = HEADERS_CHUNK if headers_only else CHUNK
-    file = Forward(str(location), store or Store(), digest=digest, chunk=chunk)
+    file = Forward(str(location), store or Store(), digest=None if headers_only else digest, chunk=chunk)
+    see = digest.update if headers_only and digest is not None else lambda _: None
     path = file.location
     if file.peek(len(GZIP)) == GZIP:
         raise refusal(path, 0, "the file is compressed; decompress it first (gunzip)")
@@ -131,6 +132,7 @@ def scan(
     while True:
         at = file.at
         header = file.take(BLOCK)
+        see(header)
         if not any(header):
             _check_end(file, at)
             return
@@ -144,6 +146,7 @@ def scan(
             raise refusal(path, at, f"more than {MAX_MEMBERS} members; cut the tar into smaller ones")
         if kind in (PAX, LONG_NAME):
             record = _extension(file, size, at)
+            see(record)
             if kind == LONG_NAME:
                 long_name = _checked_name(_text(record), path, at)
             else:
