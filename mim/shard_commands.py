@@ -72,22 +72,45 @@ def shards_join(out: Path, as_json: bool) -> None:
 
 @shards.command("inspect")
 @click.argument("dataset", type=click.Path(path_type=Path))
+@click.option("--sheet", type=click.Path(path_type=Path), help="Also write a contact sheet: FILE.png or FILE.html.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def shards_inspect(dataset: Path, as_json: bool) -> None:
-    """Show counts, classes, sizes and pixel statistics of a dataset folder.
+def shards_inspect(dataset: Path, sheet: Path | None, as_json: bool) -> None:
+    """Show counts, classes, sizes and pixel statistics of a dataset folder, and pictures if asked.
 
     \b
-    Example:
+    Examples:
       mim shards inspect shards/cifar10/train
+      mim shards inspect shards/cifar10/train --sheet cifar10.html
     """
     from mim.data.shards import inspect
+    from mim.data.sheet import write_sheet
 
     found = inspect(dataset)
+    if sheet is not None:
+        found["sheet"] = str(write_sheet(dataset, sheet))
     if as_json:
         click.echo(json.dumps(found, indent=1))
         return
     for name, value in found.items():
         click.echo(f"{name:20} {json.dumps(value) if isinstance(value, (dict, list)) else value}")
+
+
+@shards.command("reshard")
+@click.argument("dataset", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--shards", "num_shards", type=int, required=True, help="How many shards to write.")
+@click.option("--workers", type=int, help="Processes; default: the allowed CPUs.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def shards_reshard(dataset: Path, out: Path, num_shards: int, workers: int | None, as_json: bool) -> None:
+    """Copy the samples of DATASET, in their order and byte for byte, into another number of shards.
+
+    \b
+    Example:
+      mim shards reshard shards/photos/train shards/photos-64 --shards 64
+    """
+    from mim.data.reshard import reshard
+
+    tell(reshard(dataset, out, num_shards=num_shards, workers=workers), as_json)
 
 
 @shards.command("index")

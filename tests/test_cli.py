@@ -209,6 +209,21 @@ def test_tars_are_indexed_and_parts_joined(mim, shards, tmp_path):
     )
 
 
+def test_a_data_set_is_copied_into_another_number_of_shards(mim, shards, tmp_path):
+    code, out, _ = mim(
+        "shards", "reshard", shards / "val", tmp_path / "out", "--shards", "3", "--workers", "1", "--json"
+    )
+    assert code == 0
+    assert json.loads(out)["num_shards"] == 3
+
+
+def test_a_contact_sheet_is_written_where_asked(mim, shards, tmp_path):
+    code, out, _ = mim("shards", "inspect", shards / "val", "--sheet", tmp_path / "sheet.png", "--json")
+    assert code == 0
+    assert json.loads(out)["sheet"] == str(tmp_path / "sheet.png")
+    assert Image.open(tmp_path / "sheet.png").size[0] == 8 * (128 + 4) + 4
+
+
 def test_an_option_of_the_shard_tools_that_means_nothing_is_refused(refused, shards, tmp_path):
     assert refused("shards", "verify", shards / "val", "--part", "3/2").startswith("--part 3/2 is no part; write i/n")
     assert refused("shards", "make", tmp_path, tmp_path / "out", "--resize", "long=9").startswith("--resize long=9 is")

@@ -293,10 +293,8 @@ def _measured(out: Path, lock: dict[str, Any], workers: int | None) -> dict[str,
 def _measure(dataset: Dataset, picks: list[int]) -> Written:
     """Decode some samples by their number in the dataset."""
     written = Written("")
-    ends = np.cumsum(dataset.counts)
     for pick in picks:
-        shard = int(np.searchsorted(ends, pick, side="right"))
-        sample = dataset.read(shard, int(pick - (ends[shard] - dataset.counts[shard])))
+        sample = dataset.read(*dataset.locate(pick))
         try:
             written.add(*read_pixels(sample.image), sample.label)
         except BadImage as error:

@@ -32,6 +32,7 @@ from mim.data.store import Store
 
 FORMAT = 1
 LOCK = "dataset.lock.json"
+QUARANTINE = "quarantine.json"  # by verify: samples whose bytes are right, and that the decoder refuses
 LABEL_MEMBER = "cls"
 MEMBER = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4")])
 
@@ -115,6 +116,19 @@ class Dataset:
         label = self._label(content["label"], where) if "label" in content else None
         return Sample(f"{self._files[shard]}/{key}", content["image"], label)
 
+    def image_ending(self, shard: int, row: int) -> str:
+        """The ending of a sample's image member, as it is spelled."""
+        expected, members = self._record(shard, row)
+        start = members["image"][0] - tar.BLOCK
+        header = self._store.pread(self._locations[shard], start, tar.BLOCK)
+        return split_name(self._name(shard, start, header, expected))[1]
+
+    def locate(self, sample: int) -> tuple[int, int]:
+        """(shard, row) of a sample by its number in the order of the lock."""
+        ends = np.cumsum(self.counts)
+        shard = int(np.searchsorted(ends, sample, side="right"))
+        return shard, int(sample - (ends[shard] - self.counts[shard]))
+
     def _record(self, shard: int, row: int) -> tuple[int, dict[str, tuple[int, int, int]]]:
         """Hash of the key, and (offset, size, crc32) of each member."""
         record = self.index(shard)[row]
@@ -122,14 +136,16 @@ class Dataset:
 
     def _key(self, shard: int, start: int, data: bytes, expected: int) -> str:
         """The key in the header at `start`, or in the record before it, where long and non-ASCII names stand."""
-        key, _ = split_name(tar.name_of(data[: tar.BLOCK]))
-        if key_hash(key) == expected:
-            return key
+        return split_name(self._name(shard, start, data[: tar.BLOCK], expected))[0]
+
+    def _name(self, shard: int, start: int, header: bytes, expected: int) -> str:
+        """The name of the member whose header is at `start`."""
+        name = tar.name_of(header)
+        if key_hash(split_name(name)[0]) == expected:
+            return name
         before = max(0, start - tar.MAX_EXTENSION - tar.BLOCK)
-        name = (
-            tar.long_name_before(self._store.pread(self._locations[shard], before, start - before)) if start else None
-        )
-        return split_name(name)[0] if name is not None else key
+        record = self._store.pread(self._locations[shard], before, start - before) if start else b""
+        return tar.long_name_before(record) or name
 
     def _label(self, raw: bytes, where: str) -> int:
         assert self.classes is not None

@@ -32,13 +32,13 @@ from mim.contracts import DataError, StorageError
 from mim.data import duplicates, tar
 from mim.data.decode import FORMATS, BadImage
 from mim.data.parts import WHOLE, Part, read_parts, remove_parts
-from mim.data.shards import Dataset, read_lock
+from mim.data.shards import QUARANTINE, Dataset, read_lock
 from mim.data.store import Store
 from mim.data.workers import pool
 from mim.data.write import Written, read_pixels, statistics_of
 from mim.log import write_json
 
-QUARANTINE = "quarantine"  # .json
+STEM = QUARANTINE.removesuffix(".json")  # of the files that parts leave
 QUARANTINE_FORMAT = 1
 SHOWN = 10  # findings of a kind in the text for people; JSON has them all
 BITS = {"1": 1, "I;16": 16, "I;16L": 16, "I;16B": 16, "I;16N": 16, "I": 32, "F": 32}  # other modes: 8
@@ -159,7 +159,7 @@ def verify(
 
 def join_quarantines(path: Path) -> int | None:
     """Make one quarantine of those of all parts; return how many samples it holds, None when there are no parts."""
-    parts = read_parts(path, QUARANTINE)
+    parts = read_parts(path, STEM)
     if not parts:
         return None
     dataset_id = read_lock(path)["dataset_id"]
@@ -167,8 +167,8 @@ def join_quarantines(path: Path) -> int | None:
         raise DataError(f"{path} holds quarantines of another dataset; verify it again")
     joined = [sample for one in parts for sample in one["samples"]]
     joined.sort(key=lambda sample: (sample["shard"], sample["row"]))
-    write_json(path / f"{QUARANTINE}.json", {"format": QUARANTINE_FORMAT, "dataset_id": dataset_id, "samples": joined})
-    remove_parts(path, QUARANTINE)
+    write_json(path / QUARANTINE, {"format": QUARANTINE_FORMAT, "dataset_id": dataset_id, "samples": joined})
+    remove_parts(path, STEM)
     return len(joined)
 
 
@@ -287,7 +287,7 @@ def _quarantine(path: Path, dataset_id: str, findings: list[Finding], part: Part
     content: dict[str, Any] = {"format": QUARANTINE_FORMAT, "dataset_id": dataset_id, "samples": samples}
     if part is not None:
         content["source"] = dataset_id
-    file = path / (part.file(QUARANTINE) if part is not None else f"{QUARANTINE}.json")
+    file = path / (part.file(STEM) if part is not None else QUARANTINE)
     try:
         write_json(file, content)
     except OSError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,46 +114,59 @@ def _write_shard(task: Task) -> Written:
     if (finished := _finished(task)) is not None:
         return finished
     written = Written(task.target.name)
-    temporary = task.target.with_name(f".{task.target.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        with TarWriter(file, encoder=False, mtime=0) as writer:
-            for item in task.items:
-                _write_sample(writer, written, task, item)
-        file.flush()
-        os.fsync(file.fileno())
-    if written.count == 0:
-        temporary.unlink()
-    else:
-        save_index(
-            task.target.with_suffix(".npy"), build_index(str(temporary), labelled=task.items[0].label is not None)
-        )
-        with temporary.open("rb") as file:
-            written.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        written.size = temporary.stat().st_size
-        temporary.rename(task.target)
+    labelled = task.items[0].label is not None
+    written.size, written.sha256 = store_shard(task.target, _samples(task, written), labelled=labelled)
     facts.save(facts_file(task.target), written)
     return written
 
 
-def _write_sample(writer: TarWriter, written: Written, task: Task, item: Item) -> None:
-    try:
-        data = task.reader.read(item.place)
-        header, pixels = read_pixels(data)
-    except (BadImage, FileNotFoundError) as error:
-        reason = str(error) if isinstance(error, BadImage) else "there is no such file (a link that leads nowhere?)"
-        written.left_out.append({"file": item.name, "reason": reason})
-        return
-    if task.short is not None:
+def store_shard(target: Path, samples: Iterator[dict[str, Any]], *, labelled: bool) -> tuple[int, str]:
+    """Write a tar and its index aside, then rename them; return size and sha256, or (0, "") when there is no sample."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    count = 0
+    with temporary.open("wb") as file:
+        with TarWriter(file, encoder=False, mtime=0) as writer:
+            for sample in samples:
+                writer.write(sample)
+                count += 1
+        file.flush()
+        os.fsync(file.fileno())
+    if count == 0:
+        temporary.unlink()
+        return 0, ""
+    save_index(target.with_suffix(".npy"), build_index(str(temporary), labelled=labelled))
+    with temporary.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    size = temporary.stat().st_size
+    temporary.rename(target)
+    return size, sha256
+
+
+def _samples(task: Task, written: Written) -> Iterator[dict[str, Any]]:
+    """The samples of a shard, as TarWriter takes them; what cannot be decoded is left out by name."""
+    for item in task.items:
         try:
-            small = shrunk(pixels, short=task.short, quality=task.quality)
-        except DataError as error:
-            raise DataError(f"{item.name}: {error}") from error
-        if small is not None:
-            data = small
+            data = task.reader.read(item.place)
             header, pixels = read_pixels(data)
-    label = {} if item.label is None else {LABEL_MEMBER: str(item.label).encode()}
-    writer.write({"__key__": item.key, header.ending: data, **label})
-    written.add(header, pixels, item.label)
+        except (BadImage, FileNotFoundError) as error:
+            reason = str(error) if isinstance(error, BadImage) else "there is no such file (a link that leads nowhere?)"
+            written.left_out.append({"file": item.name, "reason": reason})
+            continue
+        if task.short is not None:
+            try:
+                small = shrunk(pixels, short=task.short, quality=task.quality)
+            except DataError as error:
+                raise DataError(f"{item.name}: {error}") from error
+            if small is not None:
+                data = small
+                header, pixels = read_pixels(data)
+        written.add(header, pixels, item.label)
+        yield sample_of(item.key, header.ending, data, item.label)
+
+
+def sample_of(key: str, ending: str, image: bytes, label: int | None) -> dict[str, Any]:
+    """A sample as TarWriter takes it."""
+    return {"__key__": key, ending: image} | ({} if label is None else {LABEL_MEMBER: str(label).encode()})
 
 
 def facts_file(target: Path) -> Path:
