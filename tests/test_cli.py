@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -182,6 +183,50 @@ def test_a_report_can_be_read_by_programs(mim, tmp_path):
     assert code == 0
     assert json.loads(out)["num_samples"] == 4
     assert json.loads(out)["left_out"][0]["file"] == "bad0.jpg"
+
+
+def test_a_clean_data_set_is_verified_with_0_and_a_damaged_one_with_65(mim, shards, tmp_path):
+    folder = shutil.copytree(shards / "val", tmp_path / "copy")
+    code, out, _ = mim("shards", "verify", folder, "--decode", "--workers", "1")
+    assert code == 0
+    assert out.splitlines()[-1] == "clean"
+    shard = sorted(folder.glob("*.tar"))[0]
+    shard.write_bytes(shard.read_bytes()[:-3000])
+    code, out, err = mim("shards", "verify", folder, "--workers", "1", "--json")
+    assert (code, err) == (65, "")
+    assert json.loads(out)["findings"][0]["shard"] == shard.name
+
+
+def test_tars_are_indexed_and_parts_joined(mim, shards, tmp_path):
+    for part in ("1/2", "2/2"):
+        arguments = (shards / "train", tmp_path / "out", "--labels", "cls", "--part", part, "--workers", "1")
+        assert mim("shards", "index", *arguments)[0] == 0
+    code, out, _ = mim("shards", "join", tmp_path / "out", "--json")
+    assert code == 0
+    assert (
+        json.loads(out)["num_samples"]
+        == json.loads(mim("shards", "inspect", shards / "train", "--json")[1])["num_samples"]
+    )
+
+
+def test_a_data_set_is_copied_into_another_number_of_shards(mim, shards, tmp_path):
+    code, out, _ = mim(
+        "shards", "reshard", shards / "val", tmp_path / "out", "--shards", "3", "--workers", "1", "--json"
+    )
+    assert code == 0
+    assert json.loads(out)["num_shards"] == 3
+
+
+def test_a_contact_sheet_is_written_where_asked(mim, shards, tmp_path):
+    code, out, _ = mim("shards", "inspect", shards / "val", "--sheet", tmp_path / "sheet.png", "--json")
+    assert code == 0
+    assert json.loads(out)["sheet"] == str(tmp_path / "sheet.png")
+    assert Image.open(tmp_path / "sheet.png").size[0] == 8 * (128 + 4) + 4
+
+
+def test_an_option_of_the_shard_tools_that_means_nothing_is_refused(refused, shards, tmp_path):
+    assert refused("shards", "verify", shards / "val", "--part", "3/2").startswith("--part 3/2 is no part; write i/n")
+    assert refused("shards", "make", tmp_path, tmp_path / "out", "--resize", "long=9").startswith("--resize long=9 is")
 
 
 def test_what_is_no_data_set_is_refused_with_the_remedy(refused, tmp_path):
