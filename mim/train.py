@@ -28,7 +28,7 @@ import tokenizer as tokenizers
 from mim import __version__, build, checkpoint, config, optim
 from mim.config import ConfigError
 from mim.contracts import LoadedRun
-from mim.data import order, quarantine, shards, stream
+from mim.data import order, quarantine, shards, shuffle, stream
 from mim.log import Averages, Progress, RunLog, say, write_json
 from mim.schedules import to_steps
 
@@ -132,6 +132,9 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
     resumed = find_resume(run, experiment, main_rank)
     for line in describe(cfg, run, built, rates, dataset, accelerator):
         say(line, main=main_rank)
+    if main_rank:
+        for line in shuffle.report(sequence, dataset, batch_size=cfg.optim.batch_size).lines():
+            say(line)
     if dry_run:
         return DONE
     accelerator.wait_for_everyone()

@@ -37,6 +37,15 @@ def test_a_position_leads_to_the_same_sample_whatever_was_asked_before(lanes, wi
         assert rows(jumping.locate([position])) == [forward[position]]
 
 
+@pytest.mark.parametrize(("lanes", "window"), [(None, None), (1, 4), (3, 4), (25, 1)])
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_find_tells_where_locate_found_a_sample(lanes, window, epoch):
+    mine = order(lanes=lanes, window=window)
+    slots = mine.find(np.arange(25), epoch)
+    assert mine.locate(slots).sample.tolist() == list(range(25))
+    assert set(mine.locate(slots).epoch.tolist()) == {epoch}
+
+
 def test_epochs_and_seeds_differ():
     samples = order().locate(range(50)).sample
     assert samples[:25].tolist() != samples[25:].tolist()

@@ -131,9 +131,35 @@ class Order:
         (shard,), (row,) = self._stored(epoch, start + permuted[[other]])
         return Place(int(shard), int(row), int(self._first_sample[shard] + row))
 
+    def find(self, samples: np.ndarray, epoch: int = 0) -> np.ndarray:
+        """The inverse of `locate`: the slots (positions / repeats) in which samples come in an epoch. Int64 (n,)."""
+        shard = np.searchsorted(self._first_sample + self.counts, samples, side="right")
+        order, ends = self._shard_order(epoch)
+        at = np.empty_like(order)
+        at[order] = np.arange(len(order))
+        virtual = ends[at[shard]] - self.counts[shard] + samples - self._first_sample[shard]
+        smallest, longer = divmod(self.num_samples, self.lanes)
+        first = np.arange(self.lanes) * smallest + np.minimum(np.arange(self.lanes), longer)  # where lanes start
+        lane = np.searchsorted(first, virtual, side="right") - 1
+        window, inside = np.divmod(virtual - first[lane], self.window)
+        place = np.empty_like(virtual)
+        for name in set(zip(lane.tolist(), window.tolist(), strict=True)):
+            members = np.flatnonzero((lane == name[0]) & (window == name[1]))
+            permuted = self._window(epoch, *name)[1]
+            places = np.empty_like(permuted)
+            places[permuted] = np.arange(len(places))  # the inverse
+            place[members] = name[1] * self.window + places[inside[members]]
+        return epoch * self.num_samples + place * self.lanes + lane
+
     def epoch(self, position: int) -> int:
         """How many times the stream has passed `num_samples` slots before a position."""
         return position // (self.repeats * self.num_samples)
+
+    def summary(self) -> str:
+        """The order in a few words, for people."""
+        if self.lanes == 1 and self.window >= self.num_samples:
+            return f"a full permutation of {self.num_samples} images per epoch"
+        return f"{self.lanes} lane{'s' * (self.lanes > 1)}, windows of {self.window}"
 
     def identity(self) -> dict[str, str | int]:
         """What must be equal for two runs to see the same stream; JSON scalars for a checkpoint."""
