@@ -28,7 +28,7 @@ import tokenizer as tokenizers
 from mim import __version__, build, checkpoint, config, optim
 from mim.config import ConfigError
 from mim.contracts import LoadedRun
-from mim.data import order, quarantine, shards, shuffle, stream
+from mim.data import mixture, order, quarantine, shuffle, stream
 from mim.log import Averages, Progress, RunLog, say, write_json
 from mim.schedules import to_steps
 
@@ -71,8 +71,8 @@ class Job:
     run: Path
     built: build.Built
     rates: optim.Rates
-    dataset: shards.Dataset
-    sequence: order.Order
+    dataset: mixture.AnyDataset
+    sequence: mixture.AnyOrder
     journal: quarantine.Journal
     experiment: dict[str, Any]
     accelerator: Accelerator
@@ -120,12 +120,8 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
     torch.manual_seed(cfg.optim.seed)
     built = build.build(config.plain(cfg), dataset=dataset)
     data = built.views.data
-    sequence = order.Order(
-        dataset.id, dataset.counts, seed=data.seed, lanes=data.lanes, window=data.window, repeats=data.repeats
-    )
-    journal = quarantine.Journal(
-        quarantine.read_quarantine(dataset.path, dataset.id), dataset.counts, budget=data.bad_budget
-    )
+    sequence = mixture.order_of(dataset, seed=data.seed, lanes=data.lanes, window=data.window, repeats=data.repeats)
+    journal = quarantine.Journal(mixture.bad_samples(dataset), dataset.counts, budget=data.bad_budget)
 
     # ---- run directory -----------------------------------------------------------------------------------------------
     experiment = identity(built.sections, dataset)
@@ -479,10 +475,10 @@ def status(job: Job, state: str, step: int) -> None:
 # ---- run directory and start lines ---------------------------------------------------------------
 
 
-def identity(sections: dict[str, Any], dataset: shards.Dataset) -> dict[str, Any]:
+def identity(sections: dict[str, Any], dataset: mixture.AnyDataset) -> dict[str, Any]:
     """What is learned: the experiment sections without paths, the dataset's id and the frozen tokenizer's hash."""
     found = {name: config.plain(sections.get(name)) for name in EXPERIMENT}
-    looks = ("path", "val_path", "eval_view", "labels_from_folders", "val_ratio", "bad_budget")
+    looks = ("path", "sources", "val_path", "eval_view", "labels_from_folders", "val_ratio", "bad_budget")
     found["data"] = {key: value for key, value in found["data"].items() if key not in looks}
     found["dataset_id"] = dataset.id
     if sections.get("encoder") is not None and sections.get("tokenizer") is not None:
@@ -517,7 +513,12 @@ def open_run(run: Path, recipe: str, sections: dict[str, Any], experiment: dict[
 
 
 def describe(
-    cfg: Config, run: Path, built: build.Built, rates: optim.Rates, dataset: shards.Dataset, accelerator: Accelerator
+    cfg: Config,
+    run: Path,
+    built: build.Built,
+    rates: optim.Rates,
+    dataset: mixture.AnyDataset,
+    accelerator: Accelerator,
 ) -> list[str]:
     """The start lines: what is really used, not what was asked for."""
     device = accelerator.device
@@ -537,6 +538,7 @@ def describe(
         f"batch {cfg.optim.batch_size} = {ranks} x {micro} micro-batch{'es' * (micro > 1)} of {rows}, "
         f"{num_workers(cfg.train.workers)} loader workers per rank",
         f"data {dataset.path}: {len(dataset)} images in {len(dataset.counts)} shards, views {built.views.sizes}",
+        *(dataset.describe(cfg.optim.batch_size, rates.total_steps) if isinstance(dataset, mixture.Mixture) else []),
         f"1 epoch = {len(dataset)} images = {epoch:.1f} steps; run = {rates.total_steps} steps; "
         f"learning rate {rates.lr:.3g} after {rates.warmup_steps} steps of warm-up",
     ]

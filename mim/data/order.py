@@ -95,9 +95,10 @@ class Order:
         for name in ("window", "repeats"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"data.{name}={getattr(self, name)} must be at least 1")
+        self.chances = self.counts / self.num_samples  # of each shard to own a slot
         self._first_sample = np.cumsum(self.counts) - self.counts  # (shards,)
-        self._shards: _Recent[tuple[np.ndarray, np.ndarray]] = _Recent(capacity=4)  # a batch straddles few epochs
-        self._windows: _Recent[np.ndarray] = _Recent(
+        self._shards: Recent[tuple[np.ndarray, np.ndarray]] = Recent(capacity=4)  # a batch straddles few epochs
+        self._windows: Recent[np.ndarray] = Recent(
             capacity=2 * self.lanes + 2
         )  # each lane in its window, or in the next one
 
@@ -257,7 +258,7 @@ class Plan:
                 yield MicroBatch(rows, self.micro_size, filler=start, position=end)
 
 
-class _Recent(Generic[T]):
+class Recent(Generic[T]):
     """The most recently used values by name."""
 
     def __init__(self, capacity: int):

@@ -29,6 +29,7 @@ class Located(Protocol):
     """What the report asks of an order."""
 
     counts: np.ndarray  # samples per shard
+    chances: np.ndarray  # of each shard to own a slot
     num_samples: int
     repeats: int
 
@@ -85,7 +86,7 @@ def report(order: Located, dataset: Readable, *, batch_size: int) -> Mixing:
     counts, slots = order.counts, max(batch_size // order.repeats, 1)
     spread = np.linspace(0, max(order.num_samples - slots, 0), BATCHES).astype(np.int64)
     drawn = [order.locate((start + np.arange(min(slots, order.num_samples))) * order.repeats).shard for start in spread]
-    full = float(np.sum(1 - (1 - counts / order.num_samples) ** slots))
+    full = float(np.sum(1 - (1 - order.chances) ** slots))
     pairs = _neighbours(counts)
     apart = np.abs(order.find(pairs + 1) - order.find(pairs))
     return Mixing(
@@ -101,12 +102,11 @@ def report(order: Located, dataset: Readable, *, batch_size: int) -> Mixing:
 
 def _first_shards(order: Located, slots: int) -> np.ndarray:
     """The shards of the first batch; when that is a single one, of as many slots as it takes to meet another."""
-    shards = np.empty(0, dtype=np.int64)
-    while len(shards) < min((order.counts > 0).sum(), 2):
-        slots = min(slots, order.num_samples)
-        shards = np.unique(order.locate(np.arange(slots) * order.repeats).shard)
+    while True:
+        shards = np.unique(order.locate(np.arange(min(slots, order.num_samples)) * order.repeats).shard)
+        if len(shards) > 1 or slots >= order.num_samples:
+            return shards
         slots *= 2
-    return shards
 
 
 def _neighbours(counts: np.ndarray) -> np.ndarray:

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 from torch.utils import data as torch_data
 
+from mim.config import ConfigError
 from mim.contracts import Batch, DataError
 from mim.data.augment import Sizes
 from mim.data.decode import BadImage, decode
-from mim.data.order import MicroBatch, Order, Place, Plan, Slots, key64, permutation, rng
-from mim.data.quarantine import Bad, read_quarantine
-from mim.data.shards import Dataset
+from mim.data.mixture import AnyDataset, AnyOrder, bad_samples
+from mim.data.order import MicroBatch, Place, Plan, Slots, key64, permutation, rng
+from mim.data.quarantine import Bad
 from mim.log import say
 
 View = Callable[[Tensor, np.random.Generator, Sizes], list[Tensor]]
@@ -39,10 +40,19 @@ FINGERPRINT_MODULUS = 2**63
 
 
 @dataclass
-class Config:
-    """Section `data` of a recipe."""
+class Source:
+    """One of several datasets."""
 
-    path: str  # dataset folder, or a folder of images (made into shards in the cache)
+    path: str  # as `data.path`
+    weight: float  # relative to the others
+
+
+@dataclass
+class Config:
+    """Section `data` of a recipe. Exactly one of `path` and `sources` is given."""
+
+    path: str | None = None  # dataset folder, or a folder of images (made into shards in the cache)
+    sources: list[Source] | None = None  # several of them, drawn by weight
     val_path: str | None = None  # the same, held out
     labels_from_folders: bool = False  # the first folder below `path` is the class
     val_ratio: float = 0.0  # share of the images held out when `path` is a folder of images
@@ -56,12 +66,18 @@ class Config:
     repeats: int = 1  # draws of a sample in a row, decoded once (repeated augmentation, arXiv 1901.09335)
     bad_budget: float = 1e-4  # share of the samples that may be undecodable (at least 10) before the run stops
 
+    def __post_init__(self) -> None:
+        if self.path is None and not self.sources:
+            raise ConfigError("data.path is missing; set it in the recipe or as data.path=...")
+        if self.path is not None and self.sources:
+            raise ConfigError("data.path and data.sources are both given; give one, and set the other to null")
+
 
 @dataclass(frozen=True)
 class Renderer:
     """Turns located rows into a batch."""
 
-    dataset: Dataset
+    dataset: AnyDataset
     view: View
     sizes: Sizes  # of `images`, and of `tokenizer_images` if there are two
     mask: Mask | None
@@ -169,7 +185,7 @@ class Shown(NamedTuple):
 class Stream(torch_data.Dataset[Batch]):
     """The endless training stream, indexed by micro-batches."""
 
-    def __init__(self, order: Order, renderer: Renderer):
+    def __init__(self, order: AnyOrder, renderer: Renderer):
         self.order = order
         self.renderer = renderer
 
@@ -208,9 +224,9 @@ class Evaluation(torch_data.Dataset[Batch]):
 
 
 def loader(
-    dataset: Dataset,
+    dataset: AnyDataset,
     *,
-    order: Order,
+    order: AnyOrder,
     view: View,
     sizes: Sizes,
     mask: Mask | None = None,
@@ -233,7 +249,7 @@ def loader(
 
 
 def evaluate(
-    dataset: Dataset,
+    dataset: AnyDataset,
     *,
     view: View,
     sizes: Sizes,
@@ -254,7 +270,7 @@ def evaluate(
     samples = np.arange(len(dataset))
     if limit is not None and limit < len(dataset):
         samples = np.sort(permutation(len(dataset), "evaluate", seed)[:limit])
-    bad = np.isin(samples, list(read_quarantine(dataset.path, dataset.id)))
+    bad = np.isin(samples, list(bad_samples(dataset)))
     if bad.any():
         say(f"{dataset.path}: {bad.sum()} of {len(samples)} samples stand in the quarantine and are left out")
         samples = samples[~bad]
