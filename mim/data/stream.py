@@ -9,7 +9,9 @@ quarter of the transport.
 from __future__ import annotations
 
 import functools
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Union
@@ -34,6 +36,7 @@ Substitute = Callable[[int, int], Place]  # (row of the batch, attempt) -> the s
 
 EVALUATION = -1  # the epoch in the names of evaluation's draws: no epoch of training
 PREFETCH = 4  # micro-batches per worker
+PARENT_CHECK = 1.0  # seconds between a worker's looks whether its parent still lives
 ATTEMPTS = 8  # substitutes tried for a bad sample
 VIEWS = ("images", "tokenizer_images")
 FINGERPRINT_MODULUS = 2**63
@@ -300,14 +303,26 @@ def _in_order(
         prefetch_factor=PREFETCH if workers else None,
         pin_memory=pin_memory,
         timeout=timeout if workers else 0,
-        worker_init_fn=ignore_ctrl_c,
+        worker_init_fn=stay_until_told,
         generator=torch.Generator(),  # its own: starting an epoch must not advance the model's random state
     )
 
 
-def ignore_ctrl_c(_worker: int) -> None:
-    """Let a worker go on after Ctrl-C, which a terminal sends to it too: the main process needs it until it has saved.
+def stay_until_told(_worker: int) -> None:
+    """Let a worker go on when a signal to stop reaches the whole process group: the main process needs it to save.
 
-    SIGTERM needs no care: torch gives workers a handler of their own, which ends them at once.
+    Ctrl-C in a terminal sends SIGINT to the group, and `timeout`, scancel and some launchers send SIGTERM to it. A
+    worker ends by SIGTERM only when its parent sent it, or when its parent is gone: by torch's own rules it could
+    then wait for ever to hand over a batch.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # in this thread and all that it starts
+    threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        received = signal.sigtimedwait({signal.SIGTERM}, PARENT_CHECK)
+        if received is not None and received.si_pid == parent:
+            os._exit(0)  # as torch's own handler does
+    os._exit(1)
