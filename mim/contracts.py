@@ -16,6 +16,7 @@ A `Batch` is a dict:
     position           int, global positions consumed after this step
     epoch              int, epoch of the first row
     bad                list[dict], samples that could not be decoded: sample, key, reason, and the substitute's key
+    seconds            dict, what the worker spent in each stage: read, decode, augment, collate
     fingerprint        int, commutative hash of the consumed positions, to compare two streams
 """
 

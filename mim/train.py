@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ import tokenizer as tokenizers
 from mim import __version__, build, checkpoint, config, optim
 from mim.config import ConfigError
 from mim.contracts import LoadedRun
-from mim.data import mixture, order, quarantine, shuffle, stream
+from mim.data import mixture, order, quarantine, shuffle, stages, stream
 from mim.log import Averages, Progress, RunLog, say, write_json
 from mim.schedules import to_steps
 
@@ -172,6 +171,7 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
     fingerprint = state.get("fingerprint", 0) if main_rank else 0  # the ranks' shares are added when it is read
     log, bad_log = (RunLog(job.run / f"{n}.jsonl", start) if main_rank else None for n in ("log", "journal"))
     progress_line = Progress(start, total, batch_size=batch_size, main=main_rank)
+    waiting = stages.Waiting(num_workers(cfg.train.workers))
     status(job, "running", start)
     batches = iter(loader(job, start))
     model.train()
@@ -183,9 +183,11 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
 
         # ---- gradient of one global batch ----------------------------------------------------------------------------
         for micro in range(cfg.train.micro_batches):
-            waiting = time.perf_counter()
+            began = time.perf_counter()
             batch = next(batches)
-            progress_line.waited(time.perf_counter() - waiting)
+            waited = time.perf_counter() - began
+            progress_line.waited(waited)
+            waiting.batch(waited, batch["seconds"], len(batch["keys"]))
             seed_draws(cfg.optim.seed, step, accelerator.process_index, micro)
             batch = stream.to_device(batch, device)
             build.write_targets(job.built.frozen, batch)
@@ -211,6 +213,8 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
             weights = [p.detach() for n, p in objective.named_parameters() if n in job.ema]
             torch._foreach_lerp_(list(job.ema.values()), weights, 1 - cfg.optim.ema)
         progress_line.advance()
+        for line in waiting.step(time.perf_counter()):
+            say(line, main=main_rank)
 
         # ---- log, look, save -----------------------------------------------------------------------------------------
         ending = step == total
@@ -276,8 +280,7 @@ def num_workers(asked: int | None) -> int:
     """Loader processes of this rank: as asked, else the allowed CPUs shared among the ranks of this node."""
     if asked is not None:
         return asked
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(len(os.sched_getaffinity(0)) // local_ranks, 16))
+    return min(stages.allowed_cpus(), 16)
 
 
 def seed_draws(seed: int, step: int, rank: int, micro: int) -> None:

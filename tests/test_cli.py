@@ -422,3 +422,24 @@ def test_the_sentence_of_a_loader_process_is_told_without_its_traceback():
 
 def test_a_sentence_of_this_process_is_told_as_it_is():
     assert __main__.one_sentence("optim.lr=1: give\n  two: lines") == "optim.lr=1: give\n  two: lines"
+
+
+# ---- bench ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", ["mae", "beit", "tokenize"])
+def test_the_loader_of_a_recipe_is_measured_by_stage(mim, tiny, objective):
+    code, out, err = mim("bench", "data", tiny(objective), "--seconds", "0.05", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert {"read", "decode", "augment", "collate", "to device", "one worker"} == found["images_per_s"].keys()
+    assert found["workers"] == 0
+    assert found["advice"]
+
+
+def test_the_measurement_of_a_loader_is_a_table(mim, tiny):
+    code, out, err = mim("bench", "data", tiny(), "--seconds", "0.05", "train.workers=1")
+    assert code == 0, err
+    assert "images/s" in out
+    assert "measured with 1 workers" in out
+    assert "bound: " in out

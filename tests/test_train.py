@@ -243,3 +243,12 @@ def test_sigterm_to_the_whole_process_group_saves_and_stops_with_75(dataset, tmp
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["state"] == "stopped"
     assert checkpoint.step_of(checkpoint.newest(tmp_path / "run")) == status["step"] > 3
+
+
+def test_a_loop_that_waits_for_its_data_says_once_why(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("mim.data.stages.MAX_WAIT", -1.0)  # any share is too much
+    options = {"optim__length": "110 steps", "train__log_every": "50 steps", "train__save_every": "110 steps"}
+    run(recipe(dataset, tmp_path, **options), tmp_path / "run")
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("data: the loop waited")]
+    assert len(said) == 1
+    assert "of the last 50 steps. A worker makes" in said[0]

@@ -28,6 +28,7 @@ from mim.data.decode import BadImage, decode
 from mim.data.mixture import AnyDataset, AnyOrder, bad_samples
 from mim.data.order import MicroBatch, Place, Plan, Slots, key64, permutation, rng
 from mim.data.quarantine import Bad
+from mim.data.stages import Clock
 from mim.log import say
 
 View = Callable[[Tensor, np.random.Generator, Sizes], list[Tensor]]
@@ -119,23 +120,28 @@ class Renderer:
 
         Draws are named by the slot's own sample, whether it or a substitute is shown.
         """
-        masks: list[Tensor] = []
+        clock, masks = Clock(), list[Tensor]()
         shown, loaded = None, None  # `repeats` draws of a sample follow each other: decode once
         for row, (epoch, shard, index, number, draw) in enumerate(zip(*(a.tolist() for a in slots), strict=True)):
             if loaded != (epoch, number):
                 attempts = functools.partial(substitute, row) if substitute is not None else None
-                shown, loaded = self._load(Place(shard, index, number), attempts, batch["bad"]), (epoch, number)
+                shown = self._load(Place(shard, index, number), attempts, batch["bad"], clock)
+                loaded = epoch, number
             assert shown is not None
             name = (self.seed, epoch, number, draw)
-            for field_, view in zip(VIEWS, self.view(shown.image, rng("view", *name), self.sizes)):  # noqa: B905
-                batch[field_][row] = view
+            views = self.view(shown.image, rng("view", *name), self.sizes)
             if self.mask is not None:
                 masks.append(torch.as_tensor(self.mask(rng("mask", *name)), dtype=torch.bool))
+            clock.done("augment")
+            for field_, view in zip(VIEWS, views):  # noqa: B905
+                batch[field_][row] = view
             batch["noise"][row] = key64("noise", *name)
             if shown.label is not None:
                 batch["labels"][row] = shown.label
             batch["keys"].append(shown.key)
             batch["samples"].append(shown.number)
+            clock.done("collate")
+        batch["seconds"] = clock.seconds
         if masks:
             counts = {int(mask.sum()) for mask in masks}
             if len(counts) > 1:
@@ -144,7 +150,9 @@ class Renderer:
             batch["mask"] = torch.empty((len(batch["weight"]), len(masks[0])), dtype=torch.bool)  # (B, N)
             batch["mask"][: len(masks)] = torch.stack(masks)
 
-    def _load(self, place: Place, substitute: Callable[[int], Place] | None, met: list[dict[str, Any]]) -> Shown:
+    def _load(
+        self, place: Place, substitute: Callable[[int], Place] | None, met: list[dict[str, Any]], clock: Clock
+    ) -> Shown:
         """Read and decode the sample of a slot or, when it is bad, the first of its substitutes that is not.
 
         The bad ones are added to `met`: sample, key, reason, substitute. Raises DataError when none can be decoded.
@@ -161,11 +169,14 @@ class Renderer:
                 refused[place.sample] = self.known[place.sample]
                 continue
             sample = self.dataset.read(place.shard, place.row)
+            clock.done("read")
             try:
                 image = decode(sample.image, self.channels)
             except BadImage as error:
                 refused[place.sample] = Bad(sample.key, str(error))
                 continue
+            finally:
+                clock.done("decode")
             met += [{"sample": number, **bad._asdict(), "substitute": sample.key} for number, bad in refused.items()]
             return Shown(image, sample.label, sample.key, place.sample)
         first = next(iter(refused.values()))
@@ -222,7 +233,7 @@ class Evaluation(torch_data.Dataset[Batch]):
         epoch = np.full_like(samples, EVALUATION)
         slots = Slots(epoch, shard, row, samples, np.zeros_like(samples))
         batch = self.renderer.render(slots, len(samples), len(samples))
-        del batch["samples"], batch["bad"]
+        del batch["samples"], batch["bad"], batch["seconds"]
         return batch
 
 
