@@ -441,5 +441,5 @@ def test_the_measurement_of_a_loader_is_a_table(mim, tiny):
     code, out, err = mim("bench", "data", tiny(), "--seconds", "0.05", "train.workers=1")
     assert code == 0, err
     assert "images/s" in out
-    assert "measured with 1 workers" in out
+    assert "measured with train.workers=1" in out
     assert "bound: " in out
