@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -13,6 +14,8 @@ from torch._utils import ExceptionWrapper
 
 from mim import __main__, __version__, config
 from mim.contracts import DataError, StorageError
+from mim.data.shards import Dataset
+from tests import damage
 
 
 @pytest.fixture
@@ -441,5 +444,18 @@ def test_the_measurement_of_a_loader_is_a_table(mim, tiny):
     code, out, err = mim("bench", "data", tiny(), "--seconds", "0.05", "train.workers=1")
     assert code == 0, err
     assert "images/s" in out
-    assert "measured with train.workers=1" in out
+    assert "measured, train.workers=1" in out
     assert "bound: " in out
+
+
+# ---- bad samples ---------------------------------------------------------------------------------
+
+
+def test_too_many_undecodable_images_end_a_training_with_65_and_their_names(refused, tiny, shards, tmp_path):
+    shutil.copytree(shards, tmp_path / "damaged")
+    damage.spoil_images(tmp_path / "damaged" / "train", [3, 40])
+    options = [f"data.path={tmp_path / 'damaged'}", f"train.run={tmp_path / 'run'}", "data.bad_budget=0"]
+    damage.quarantine(Dataset.open(tmp_path / "damaged" / "train"), [3, 40])
+    message = refused("train", tiny(), *options, code=65)
+    assert "samples, more than the 0 that data.bad_budget=0 accepts" in message
+    assert message.count("image: truncated") == 2

@@ -179,7 +179,7 @@ def test_any_start_continues_the_same_stream(mixed, start):
 
 def test_bad_samples_of_a_source_are_substituted_from_its_own_window(folders, tmp_path):
     root = write_source(tmp_path, "second")
-    damaged = damage.cut_images(root, [2, 5])
+    damaged = damage.spoil_images(root, [2, 5])
     mixed = Mixture([Dataset.open(folders[0]), damaged], [1, 1])
     found = batches(mixed, num_steps=4)
     met = {entry["sample"] for batch in found for entry in batch["bad"]}
@@ -270,6 +270,8 @@ def test_exactly_one_of_path_and_sources_is_given():
     assert typed(stream.Config, {"sources": one}, "data").sources[0].weight == 1.0
     with pytest.raises(ConfigError, match=r"data\.path and data\.sources are both given"):
         typed(stream.Config, {"path": "x", "sources": one}, "data")
+    with pytest.raises(ConfigError, match=r"beside data\.sources give data\.val_path"):
+        typed(stream.Config, {"sources": one, "val_ratio": 0.1}, "data")
     with pytest.raises(ConfigError, match=r"data\.path is missing"):
         typed(stream.Config, {"sources": []}, "data")
     with pytest.raises(ConfigError, match="weigth is not a known key"):

@@ -28,7 +28,7 @@ def mask_quarter(rng):
 
 
 @pytest.fixture
-def dataset(tmp_path):
+def dataset(tmp_path, request):
     """30 noise images in 5 shards; four of them cannot be decoded, although their bytes are what they should be."""
     rng = np.random.default_rng(0)
     for i in range(30):
@@ -36,7 +36,7 @@ def dataset(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (16, 20, 3), dtype=np.uint8)).save(path)
     make(tmp_path / "in", tmp_path / "out", labels_from_folders=True, shard_size=7, workers=1)
-    return damage.cut_images(tmp_path / "out", BAD)
+    return damage.spoil_images(tmp_path / "out", BAD, getattr(request, "param", "cut"))
 
 
 def batches(dataset, known=None, **options):
@@ -65,8 +65,8 @@ def per_row(ranks):
     return rows
 
 
-@pytest.mark.parametrize("repeats", [1, 4])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("dataset", damage.DAMAGES, indirect=True)
+@pytest.mark.parametrize(("workers", "repeats"), [(0, 1), (0, 4), (2, 4)])
 def test_a_run_that_knew_the_bad_samples_sees_what_a_run_sees_that_discovers_them(dataset, workers, repeats):
     discovering = batches(dataset, workers=workers, repeats=repeats)
     damage.quarantine(dataset, BAD)

@@ -117,7 +117,7 @@ class Diagnosis:
             *(f"{s:12} {1 / self.seconds[s]:>10.0f}  {100 * self.seconds[s] / total:.0f} %" for s in STAGES),
             f"{'one worker':12} {self.one_worker:>10.0f}",
             f"{'to device':12} {1 / self.to_device:>10.0f}  {self.device}, in the main process",
-            f"{'loader':12} {self.delivered:>10.0f}  measured with train.workers={self.workers}, {self.cpus} CPUs allowed",
+            f"{'loader':12} {self.delivered:>10.0f}  measured, train.workers={self.workers}, {self.cpus} CPUs allowed",
             f"bound: {self.bound}",
         ]
         return "\n".join([*lines, *(f"- {line}" for line in self.advice())])

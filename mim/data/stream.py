@@ -65,8 +65,8 @@ class Config:
     view: dict[str, Any] = field(default_factory=lambda: {"name": "crop"})  # function of mim/data/augment.py
     eval_view: dict[str, Any] = field(default_factory=lambda: {"name": "center"})  # the same, for evaluation
     seed: int = 0  # of order, crops and masks; also of the held-out split
-    lanes: int | None = None  # L of mim/data/order.py; default 1 below 10^7 samples, else 64
-    window: int | None = None  # W, samples; default all below 10^7 samples, else 2048
+    lanes: int | None = None  # L of mim/data/order.py, of each source; default 1 below 10^7 samples, else 64
+    window: int | None = None  # W, samples, of each source; default all below 10^7 samples, else 2048
     repeats: int = 1  # draws of a sample in a row, decoded once (repeated augmentation, arXiv 1901.09335)
     bad_budget: float = 1e-4  # share of the samples that may be undecodable (at least 10) before the run stops
 
@@ -75,6 +75,8 @@ class Config:
             raise ConfigError("data.path is missing; set it in the recipe or as data.path=...")
         if self.path is not None and self.sources:
             raise ConfigError("data.path and data.sources are both given; give one, and set the other to null")
+        if self.sources and self.val_ratio:
+            raise ConfigError("data.val_ratio holds out images of data.path; beside data.sources give data.val_path")
 
 
 @dataclass(frozen=True)
@@ -182,8 +184,8 @@ class Renderer:
         first = next(iter(refused.values()))
         others = f", and neither can {ATTEMPTS} substitutes of its window" if substitute is not None else ""
         raise DataError(
-            f"{first.key} cannot be decoded ({first.reason}){others}; run `mim shards verify --decode "
-            f"{self.dataset.path}`, which names all such images, or make the shards again without them"
+            f"{first.key} cannot be decoded ({first.reason}){others}; run `mim shards verify --decode` on its "
+            f"dataset, which names all such images, or make the shards again without them"
         )
 
 
