@@ -12,9 +12,11 @@ A `Batch` is a dict:
     noise              (B,) int64, a seed per sample for draws on the device
     codes              (B, N) int64, written by the frozen tokenizer
     labels             (B,) int64, -1 = unknown; absent when the dataset has none
-    keys               list[str], "shard.tar/sample", for messages and pictures
+    keys               list[str], "shard.tar/sample", for messages and pictures; of a mixture after the source's path
     position           int, global positions consumed after this step
     epoch              int, epoch of the first row
+    bad                list[dict], samples that could not be decoded: sample, key, reason, and the substitute's key
+    seconds            dict, what the worker spent in each stage: read, decode, augment, collate
     fingerprint        int, commutative hash of the consumed positions, to compare two streams
 """
 

@@ -14,6 +14,8 @@ from torch._utils import ExceptionWrapper
 
 from mim import __main__, __version__, config
 from mim.contracts import DataError, StorageError
+from mim.data.shards import Dataset
+from tests import damage
 
 
 @pytest.fixture
@@ -467,3 +469,37 @@ def test_the_sentence_of_a_loader_process_is_told_without_its_traceback():
 
 def test_a_sentence_of_this_process_is_told_as_it_is():
     assert __main__.one_sentence("optim.lr=1: give\n  two: lines") == "optim.lr=1: give\n  two: lines"
+
+
+# ---- bench ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", ["mae", "beit", "tokenize"])
+def test_the_loader_of_a_recipe_is_measured_by_stage(mim, tiny, objective):
+    code, out, err = mim("bench", "data", tiny(objective), "--seconds", "0.05", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert {"read", "decode", "augment", "collate", "to device", "one worker"} == found["images_per_s"].keys()
+    assert found["workers"] == 0
+    assert found["advice"]
+
+
+def test_the_measurement_of_a_loader_is_a_table(mim, tiny):
+    code, out, err = mim("bench", "data", tiny(), "--seconds", "0.05", "train.workers=1")
+    assert code == 0, err
+    assert "images/s" in out
+    assert "measured, train.workers=1" in out
+    assert "bound: " in out
+
+
+# ---- bad samples ---------------------------------------------------------------------------------
+
+
+def test_too_many_undecodable_images_end_a_training_with_65_and_their_names(refused, tiny, shards, tmp_path):
+    shutil.copytree(shards, tmp_path / "damaged")
+    damage.spoil_images(tmp_path / "damaged" / "train", [3, 40])
+    options = [f"data.path={tmp_path / 'damaged'}", f"train.run={tmp_path / 'run'}", "data.bad_budget=0"]
+    damage.quarantine(Dataset.open(tmp_path / "damaged" / "train"), [3, 40])
+    message = refused("train", tiny(), *options, code=65)
+    assert "samples, more than the 0 that data.bad_budget=0 accepts" in message
+    assert message.count("image: truncated") == 2

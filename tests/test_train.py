@@ -1,6 +1,10 @@
 """The loop: stopping at any step and rerunning changes nothing, whatever the number of workers or micro-batches."""
 
 import json
+import multiprocessing
+import os
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -175,7 +179,9 @@ def test_the_machine_may_change_between_runs(dataset, tmp_path):
 def test_a_dry_run_writes_nothing(dataset, tmp_path, capsys):
     assert train.main(recipe(dataset, tmp_path), [f"train.run={tmp_path / 'run'}"], dry_run=True) == train.DONE
     assert not (tmp_path / "run").exists()
-    assert "1 epoch = 23 images = 3.8 steps; run = 7 steps" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "1 epoch = 23 images = 3.8 steps; run = 7 steps" in said
+    assert "order: a full permutation of 23 images per epoch; a batch draws from " in said
 
 
 def test_a_folder_with_other_files_is_not_taken_for_a_run_directory(dataset, tmp_path):
@@ -216,3 +222,33 @@ def test_evaluations_run_in_the_loop_and_leave_the_training_alone(dataset, tmp_p
     assert [e["step"] for e in logged if e.get("eval") == "reconstruction"] == [4, 7]
     assert Path(next(e for e in logged if e.get("eval") == "reconstruction")["reconstruction"]).is_file()
     assert [e for e in logged if e["event"] == "train"] == lines(uninterrupted)
+
+
+def test_sigterm_to_the_whole_process_group_saves_and_stops_with_75(dataset, tmp_path):
+    """What `timeout`, scancel and some launchers do: loader workers get the signal too."""
+    path = recipe(dataset, tmp_path, optim__length="100000 steps", train__log_every="1 steps", train__workers=2)
+
+    def launch():
+        os.setsid()
+        os._exit(run(path, tmp_path / "run"))
+
+    process = multiprocessing.get_context("fork").Process(target=launch)
+    process.start()
+    log, deadline = tmp_path / "run" / "log.jsonl", time.monotonic() + 60
+    while time.monotonic() < deadline and not (log.is_file() and len(log.read_text().splitlines()) > 3):
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == train.STOPPED
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "stopped"
+    assert checkpoint.step_of(checkpoint.newest(tmp_path / "run")) == status["step"] > 3
+
+
+def test_a_loop_that_waits_for_its_data_says_once_why(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("mim.data.stages.MAX_WAIT", -1.0)  # any share is too much
+    options = {"optim__length": "110 steps", "train__log_every": "50 steps", "train__save_every": "110 steps"}
+    run(recipe(dataset, tmp_path, **options), tmp_path / "run")
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("data: the loop waited")]
+    assert len(said) == 1
+    assert "of the last 50 steps. A worker makes" in said[0]
