@@ -128,7 +128,8 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
     for line in describe(cfg, run, built, rates, dataset, accelerator):
         say(line, main=main_rank)
     if main_rank:
-        for line in shuffle.report(sequence, dataset, batch_size=cfg.optim.batch_size).lines():
+        world = accelerator.num_processes
+        for line in shuffle.report(sequence, dataset, batch_size=cfg.optim.batch_size, world=world).lines():
             say(line)
     if dry_run:
         return DONE

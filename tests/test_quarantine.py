@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from mim import train
-from mim.config import to_yaml
+from mim.config import ConfigError, to_yaml, typed
 from mim.contracts import DataError
 from mim.data import quarantine, stream
 from mim.data.augment import center, crop
@@ -225,6 +225,12 @@ def test_more_than_a_twentieth_of_one_shard_stops_the_run():
 def test_a_budget_of_zero_stops_at_the_first():
     with pytest.raises(DataError, match=r"^1 of 1000 samples, more than the 0"):
         Journal(bad([3]), np.array([1000]), budget=0)
+
+
+@pytest.mark.parametrize("budget", [-0.1, 1.5])
+def test_a_budget_is_a_share(budget):
+    with pytest.raises(ConfigError, match=r"data\.bad_budget=.* must lie between 0 and 1"):
+        typed(stream.Config, {"path": "x", "bad_budget": budget}, "data")
 
 
 def test_findings_of_all_ranks_count_once_each():
