@@ -133,6 +133,28 @@ def test_a_window_without_any_good_sample_is_a_data_error_that_names_the_first(d
         batches(dataset)
 
 
+def test_an_image_that_is_refused_only_when_its_pixels_are_wanted_is_substituted_as_well(dataset, monkeypatch):
+    """A view may be what decodes: then it is what finds out."""
+    expected = batches(dataset)
+    good = dataset.read(1, 0).image
+
+    def late(data, channels):
+        try:
+            return decode(data, channels)
+        except stream.BadImage:
+            return decode(good, channels)[:, :1]  # a mark for the view below
+
+    def refusing(image, rng, sizes):
+        if image.shape[1] == 1:
+            raise stream.BadImage("broken")
+        return crop(image, rng, sizes)
+
+    monkeypatch.setattr(stream, "decode", late)
+    found = batches(dataset, view=refusing)
+    assert digest(found) == digest(expected)
+    assert {entry["sample"] for batch in found for entry in batch["bad"]} == set(BAD)
+
+
 def test_a_flipped_bit_is_fatal_and_never_substituted(dataset):
     file = dataset.path / "shard-00001.tar"
     data = bytearray(file.read_bytes())

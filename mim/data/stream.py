@@ -26,8 +26,8 @@ from mim.data.decode import BadImage, decode
 from mim.data.mixture import AnyDataset, AnyOrder, bad_samples
 from mim.data.order import MicroBatch, Place, Plan, Slots, key64, permutation, rng
 from mim.data.quarantine import Bad
+from mim.data.signals import stay_until_told
 from mim.data.stages import Clock
-from mim.data.workers import stay_until_told
 from mim.log import say
 
 View = Callable[[Tensor, np.random.Generator, Sizes], list[Tensor]]
@@ -125,13 +125,14 @@ class Renderer:
         clock, masks = Clock(), list[Tensor]()
         shown, loaded = None, None  # `repeats` draws of a sample follow each other: decode once
         for row, (epoch, shard, index, number, draw) in enumerate(zip(*(a.tolist() for a in slots), strict=True)):
+            name = (self.seed, epoch, number, draw)
             if loaded != (epoch, number):
                 attempts = functools.partial(substitute, row) if substitute is not None else None
-                shown = self._load(Place(shard, index, number), attempts, batch["bad"], clock)
+                shown, views = self._load(Place(shard, index, number), name, attempts, batch["bad"], clock)
                 loaded = epoch, number
-            assert shown is not None
-            name = (self.seed, epoch, number, draw)
-            views = self.view(shown.image, rng("view", *name), self.sizes)
+            else:
+                assert shown is not None
+                views = self.view(shown.image, rng("view", *name), self.sizes)
             if self.mask is not None:
                 masks.append(torch.as_tensor(self.mask(rng("mask", *name)), dtype=torch.bool))
             clock.done("augment")
@@ -153,9 +154,14 @@ class Renderer:
             batch["mask"][: len(masks)] = torch.stack(masks)
 
     def _load(
-        self, place: Place, substitute: Callable[[int], Place] | None, met: list[dict[str, Any]], clock: Clock
-    ) -> Shown:
-        """Read and decode the sample of a slot or, when it is bad, the first of its substitutes that is not.
+        self,
+        place: Place,
+        name: tuple[int, ...],
+        substitute: Callable[[int], Place] | None,
+        met: list[dict[str, Any]],
+        clock: Clock,
+    ) -> tuple[Shown, list[Tensor]]:
+        """Read, decode and view the sample of a slot or, when it is bad, the first of its substitutes that is not.
 
         The bad ones are added to `met`: sample, key, reason, substitute. Raises DataError when none can be decoded.
         """
@@ -174,13 +180,14 @@ class Renderer:
             clock.done("read")
             try:
                 image = decode(sample.image, self.channels)
+                clock.done("decode")
+                views = self.view(image, rng("view", *name), self.sizes)
             except BadImage as error:
+                clock.done("decode")
                 refused[place.sample] = Bad(sample.key, str(error))
                 continue
-            finally:
-                clock.done("decode")
             met += [{"sample": number, **bad._asdict(), "substitute": sample.key} for number, bad in refused.items()]
-            return Shown(image, sample.label, sample.key, place.sample)
+            return Shown(image, sample.label, sample.key, place.sample), views
         first = next(iter(refused.values()))
         others = f", and neither can {ATTEMPTS} substitutes of its window" if substitute is not None else ""
         raise DataError(
