@@ -87,6 +87,7 @@ class Job:
 
 EXPERIMENT = ("data", "mask", "encoder", "tokenizer", "objective", "optim")
 DONE, STOPPED = 0, 75  # exit codes
+ONE_SIGNAL = 2.0  # seconds within which signals to stop are the same one, sent to the process and to its group
 Stop = Callable[[int], bool]
 
 
@@ -128,7 +129,8 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
     for line in describe(cfg, run, built, rates, dataset, accelerator):
         say(line, main=main_rank)
     if main_rank:
-        for line in shuffle.report(sequence, dataset, batch_size=cfg.optim.batch_size).lines():
+        world = accelerator.num_processes
+        for line in shuffle.report(sequence, dataset, batch_size=cfg.optim.batch_size, world=world).lines():
             say(line)
     if dry_run:
         return DONE
@@ -343,14 +345,20 @@ def agree(stopping: bool, ranks: int) -> bool:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Turn SIGTERM and SIGINT into a request to save and stop; a second one acts at once."""
-    received: list[int] = []
+    """Turn SIGTERM and SIGINT into a request to save and stop; a later second one acts at once.
+
+    `timeout` sends its signal to the process and then to the group, so the same one comes twice.
+    """
+    received: list[float] = []  # when, in seconds
     previous = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
 
     def on_signal(number: int, _frame: Any) -> None:
-        received.append(number)
-        say(f"{signal.Signals(number).name}: saving at the next step, then stopping; send it again to stop at once")
-        signal.signal(number, previous[signal.Signals(number)])
+        if not received:
+            say(f"{signal.Signals(number).name}: saving at the next step, then stopping; send it again to stop at once")
+        received.append(time.monotonic())
+        if received[-1] - received[0] > ONE_SIGNAL:
+            signal.signal(number, previous[signal.Signals(number)])
+            signal.raise_signal(number)
 
     for number in previous:
         signal.signal(number, on_signal)

@@ -479,7 +479,7 @@ def test_the_loader_of_a_recipe_is_measured_by_stage(mim, tiny, objective):
     code, out, err = mim("bench", "data", tiny(objective), "--seconds", "0.05", "--json")
     assert code == 0, err
     found = json.loads(out)
-    assert {"read", "decode", "augment", "collate", "to device", "one worker"} == found["images_per_s"].keys()
+    assert {"read", "decode", "augment", "collate", "one worker", "to device", "loader"} == found["images_per_s"].keys()
     assert found["workers"] == 0
     assert found["advice"]
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from mim import train
-from mim.config import to_yaml
+from mim.config import ConfigError, to_yaml, typed
 from mim.contracts import DataError
 from mim.data import quarantine, stream
 from mim.data.augment import center, crop
@@ -133,6 +133,28 @@ def test_a_window_without_any_good_sample_is_a_data_error_that_names_the_first(d
         batches(dataset)
 
 
+def test_an_image_that_is_refused_only_when_its_pixels_are_wanted_is_substituted_as_well(dataset, monkeypatch):
+    """A view may be what decodes: then it is what finds out."""
+    expected = batches(dataset)
+    good = dataset.read(1, 0).image
+
+    def late(data, channels):
+        try:
+            return decode(data, channels)
+        except stream.BadImage:
+            return decode(good, channels)[:, :1]  # a mark for the view below
+
+    def refusing(image, rng, sizes):
+        if image.shape[1] == 1:
+            raise stream.BadImage("broken")
+        return crop(image, rng, sizes)
+
+    monkeypatch.setattr(stream, "decode", late)
+    found = batches(dataset, view=refusing)
+    assert digest(found) == digest(expected)
+    assert {entry["sample"] for batch in found for entry in batch["bad"]} == set(BAD)
+
+
 def test_a_flipped_bit_is_fatal_and_never_substituted(dataset):
     file = dataset.path / "shard-00001.tar"
     data = bytearray(file.read_bytes())
@@ -225,6 +247,12 @@ def test_more_than_a_twentieth_of_one_shard_stops_the_run():
 def test_a_budget_of_zero_stops_at_the_first():
     with pytest.raises(DataError, match=r"^1 of 1000 samples, more than the 0"):
         Journal(bad([3]), np.array([1000]), budget=0)
+
+
+@pytest.mark.parametrize("budget", [-0.1, 1.5])
+def test_a_budget_is_a_share(budget):
+    with pytest.raises(ConfigError, match=r"data\.bad_budget=.* must lie between 0 and 1"):
+        typed(stream.Config, {"path": "x", "bad_budget": budget}, "data")
 
 
 def test_findings_of_all_ranks_count_once_each():

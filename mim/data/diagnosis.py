@@ -100,9 +100,10 @@ class Diagnosis:
 
     def json(self) -> dict[str, Any]:
         """All figures as plain data."""
-        rates = {stage: round(1 / seconds, 1) for stage, seconds in self.seconds.items()}
+        rates = {stage: 1 / seconds for stage, seconds in self.seconds.items()}
+        rates |= {"one worker": self.one_worker, "to device": 1 / self.to_device, "loader": self.delivered}
         return asdict(self) | {
-            "images_per_s": {**rates, "to device": round(1 / self.to_device, 1), "one worker": self.one_worker},
+            "images_per_s": {name: round(rate, 1) for name, rate in rates.items()},
             "bound": self.bound,
             "advice": self.advice(),
         }

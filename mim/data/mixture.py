@@ -125,6 +125,10 @@ class MixtureOrder:
         """How many times the stream has passed as many slots as there are images before a position."""
         return position // (self.repeats * self.num_samples)
 
+    def every_rank_reads_all(self, world: int) -> bool:
+        """Whether each of several processes draws from all lanes: who owns a slot has nothing to do with its lane."""
+        return world > 1 and any(order.lanes > 1 for order in self.orders)
+
     def summary(self) -> str:
         """The order in a few words, for people."""
         return f"{len(self.orders)} sources by weight, each " + " or ".join(

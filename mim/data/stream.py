@@ -2,16 +2,14 @@
 
 A map-style dataset indexed by micro-batches, in a DataLoader that keeps their order: the number of workers cannot
 change a batch. Every draw of a row is named by (purpose, seed, epoch, sample, draw), so neither can ranks,
-micro-batches or the position from which a run resumes. Images leave as uint8 and are normalised on the device: a
+micro-batches or the position from which a run resumes. A sample that cannot be decoded is replaced by one that the
+order names, and told in the batch. Images leave as uint8 and are normalised on the device: a
 quarter of the transport.
 """
 
 from __future__ import annotations
 
 import functools
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Union
@@ -28,6 +26,7 @@ from mim.data.decode import BadImage, decode
 from mim.data.mixture import AnyDataset, AnyOrder, bad_samples
 from mim.data.order import MicroBatch, Place, Plan, Slots, key64, permutation, rng
 from mim.data.quarantine import Bad
+from mim.data.signals import stay_until_told
 from mim.data.stages import Clock
 from mim.log import say
 
@@ -37,7 +36,6 @@ Substitute = Callable[[int, int], Place]  # (row of the batch, attempt) -> the s
 
 EVALUATION = -1  # the epoch in the names of evaluation's draws: no epoch of training
 PREFETCH = 4  # micro-batches per worker
-PARENT_CHECK = 1.0  # seconds between a worker's looks whether its parent still lives
 ATTEMPTS = 8  # substitutes tried for a bad sample
 VIEWS = ("images", "tokenizer_images")
 FINGERPRINT_MODULUS = 2**63
@@ -77,6 +75,8 @@ class Config:
             raise ConfigError("data.path and data.sources are both given; give one, and set the other to null")
         if self.sources and self.val_ratio:
             raise ConfigError("data.val_ratio holds out images of data.path; beside data.sources give data.val_path")
+        if not 0 <= self.bad_budget <= 1:
+            raise ConfigError(f"data.bad_budget={self.bad_budget:g} must lie between 0 and 1: a share of the samples")
 
 
 @dataclass(frozen=True)
@@ -125,13 +125,14 @@ class Renderer:
         clock, masks = Clock(), list[Tensor]()
         shown, loaded = None, None  # `repeats` draws of a sample follow each other: decode once
         for row, (epoch, shard, index, number, draw) in enumerate(zip(*(a.tolist() for a in slots), strict=True)):
+            name = (self.seed, epoch, number, draw)
             if loaded != (epoch, number):
                 attempts = functools.partial(substitute, row) if substitute is not None else None
-                shown = self._load(Place(shard, index, number), attempts, batch["bad"], clock)
+                shown, views = self._load(Place(shard, index, number), name, attempts, batch["bad"], clock)
                 loaded = epoch, number
-            assert shown is not None
-            name = (self.seed, epoch, number, draw)
-            views = self.view(shown.image, rng("view", *name), self.sizes)
+            else:
+                assert shown is not None
+                views = self.view(shown.image, rng("view", *name), self.sizes)
             if self.mask is not None:
                 masks.append(torch.as_tensor(self.mask(rng("mask", *name)), dtype=torch.bool))
             clock.done("augment")
@@ -153,9 +154,14 @@ class Renderer:
             batch["mask"][: len(masks)] = torch.stack(masks)
 
     def _load(
-        self, place: Place, substitute: Callable[[int], Place] | None, met: list[dict[str, Any]], clock: Clock
-    ) -> Shown:
-        """Read and decode the sample of a slot or, when it is bad, the first of its substitutes that is not.
+        self,
+        place: Place,
+        name: tuple[int, ...],
+        substitute: Callable[[int], Place] | None,
+        met: list[dict[str, Any]],
+        clock: Clock,
+    ) -> tuple[Shown, list[Tensor]]:
+        """Read, decode and view the sample of a slot or, when it is bad, the first of its substitutes that is not.
 
         The bad ones are added to `met`: sample, key, reason, substitute. Raises DataError when none can be decoded.
         """
@@ -174,13 +180,14 @@ class Renderer:
             clock.done("read")
             try:
                 image = decode(sample.image, self.channels)
+                clock.done("decode")
+                views = self.view(image, rng("view", *name), self.sizes)
             except BadImage as error:
+                clock.done("decode")
                 refused[place.sample] = Bad(sample.key, str(error))
                 continue
-            finally:
-                clock.done("decode")
             met += [{"sample": number, **bad._asdict(), "substitute": sample.key} for number, bad in refused.items()]
-            return Shown(image, sample.label, sample.key, place.sample)
+            return Shown(image, sample.label, sample.key, place.sample), views
         first = next(iter(refused.values()))
         others = f", and neither can {ATTEMPTS} substitutes of its window" if substitute is not None else ""
         raise DataError(
@@ -319,23 +326,3 @@ def _in_order(
         worker_init_fn=stay_until_told,
         generator=torch.Generator(),  # its own: starting an epoch must not advance the model's random state
     )
-
-
-def stay_until_told(_worker: int) -> None:
-    """Let a worker go on when a signal to stop reaches the whole process group: the main process needs it to save.
-
-    Ctrl-C in a terminal sends SIGINT to the group, and `timeout`, scancel and some launchers send SIGTERM to it. A
-    worker ends by SIGTERM only when its parent sent it, or when its parent is gone: by torch's own rules it could
-    then wait for ever to hand over a batch.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # in this thread and all that it starts
-    threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
-
-
-def _watch(parent: int) -> None:
-    while os.getppid() == parent:
-        received = signal.sigtimedwait({signal.SIGTERM}, PARENT_CHECK)
-        if received is not None and received.si_pid == parent:
-            os._exit(0)  # as torch's own handler does
-    os._exit(1)
