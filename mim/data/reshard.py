@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from concurrent.futures import as_completed
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from mim import __version__
 from mim.config import ConfigError
 from mim.contracts import DataError, StorageError
 from mim.data import duplicates
-from mim.data.make import PARTIAL, shard_name
+from mim.data.plan import PARTIAL, shard_name
 from mim.data.shards import FORMAT, QUARANTINE, Dataset, dataset_id, read_lock, write_lock
 from mim.data.workers import pool
 from mim.data.write import sample_of, store_shard
@@ -37,10 +38,11 @@ class ReshardReport:
     num_shards: int
     num_samples: int
     dataset_id: str
+    images_per_second: float
 
     def text(self) -> str:
         """The report for people."""
-        return f"{self.num_samples} samples in {self.num_shards} shards: {self.path}"
+        return f"{self.num_samples} samples in {self.num_shards} shards, {self.images_per_second:.0f}/s: {self.path}"
 
 
 def reshard(path: str | Path, out: str | Path, *, num_shards: int, workers: int | None = None) -> ReshardReport:
@@ -57,6 +59,7 @@ def reshard(path: str | Path, out: str | Path, *, num_shards: int, workers: int 
     try:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
+        began = time.monotonic()
         shards = _copy_all(dataset, work, bounds, qualified, workers)
         new_id = _finish(path, out, work, lock, shards, bounds)
     except (StorageError, DataError):
@@ -65,7 +68,8 @@ def reshard(path: str | Path, out: str | Path, *, num_shards: int, workers: int 
         raise StorageError(f"cannot write {out}: {error}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return ReshardReport(out, num_shards, len(dataset), new_id)
+    rate = round(len(dataset) / max(time.monotonic() - began, 1e-9), 1)
+    return ReshardReport(out, num_shards, len(dataset), new_id, rate)
 
 
 def _copy_all(

@@ -200,12 +200,14 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "num_shards": len(shards),
         "num_bytes": sum(shard["size"] for shard in shards),
         "num_left_out": sum(entry.get("count", 1) for entry in lock["left_out"]),
+        "proof": sorted({shard.get("proof", "bytes") for shard in shards}),
         "members": schema["members"],
         "classes": dict(zip(classes, statistics["class_counts"], strict=True)) if classes is not None else None,
         "height": statistics["height"],
         "width": statistics["width"],
         "mean": statistics["mean"],
         "std": statistics["std"],
+        "num_measured": statistics.get("num_measured", sum(shard["count"] for shard in shards)),
     }
 
 
