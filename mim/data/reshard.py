@@ -24,7 +24,7 @@ from mim.config import ConfigError
 from mim.contracts import DataError, StorageError
 from mim.data import duplicates
 from mim.data.plan import PARTIAL, shard_name
-from mim.data.shards import FORMAT, QUARANTINE, Dataset, dataset_id, read_lock, write_lock
+from mim.data.shards import FORMAT, QUARANTINE, Dataset, dataset_id, is_dataset, read_lock, write_lock
 from mim.data.workers import pool
 from mim.data.write import sample_of, store_shard
 from mim.log import write_json
@@ -51,8 +51,7 @@ def reshard(path: str | Path, out: str | Path, *, num_shards: int, workers: int 
     dataset, lock = Dataset.open(path), read_lock(path)
     if not 1 <= num_shards <= len(dataset):
         raise ConfigError(f"--shards {num_shards} must lie from 1 to the {len(dataset)} samples of {path}")
-    if out.exists() and (not out.is_dir() or {entry.name for entry in out.iterdir()} - {PARTIAL}):
-        raise ConfigError(f"{out} is not empty; choose a folder that is empty or new")
+    _check_free(out)
     qualified = bool(duplicates.keys(dataset, list(range(len(dataset.counts))))[1])
     bounds = [len(dataset) * i // num_shards for i in range(num_shards + 1)]
     work = out / PARTIAL
@@ -70,6 +69,14 @@ def reshard(path: str | Path, out: str | Path, *, num_shards: int, workers: int 
         shutil.rmtree(work, ignore_errors=True)
     rate = round(len(dataset) / max(time.monotonic() - began, 1e-9), 1)
     return ReshardReport(out, num_shards, len(dataset), new_id, rate)
+
+
+def _check_free(out: Path) -> None:
+    """Refuse a place that holds anything but what a killed `reshard` left there."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file; choose a folder that is empty or new")
+    if is_dataset(out) or (out.is_dir() and not (out / PARTIAL).is_dir() and any(out.iterdir())):
+        raise ConfigError(f"{out} is not empty; choose a folder that is empty or new")
 
 
 def _copy_all(
