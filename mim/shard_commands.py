@@ -22,7 +22,7 @@ def shards() -> None:
 
 
 @shards.command("make")
-@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("source")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--labels-from-folders", is_flag=True, help="The first folder below SOURCE is the class.")
 @click.option("--labels", help="cls: the labels of tars. A column's name: those of a saved dataset.")
@@ -35,7 +35,7 @@ def shards() -> None:
 @click.option("--max-left-out", type=int, help="Unreadable images accepted; default: 1 % but at least 10.")
 @click.option("--part", help="i/n: only every n-th shard, from the i-th; then `mim shards join OUT`.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def shards_make(source: Path, out: Path, resize: str | None, part: str | None, as_json: bool, **options: Any) -> None:
+def shards_make(source: str, out: Path, resize: str | None, part: str | None, as_json: bool, **options: Any) -> None:
     """Write the images of SOURCE as WebDataset shards to OUT.
 
     SOURCE is a folder of images (any nesting, labelled or not), a list or CSV (path[,label]), a tar or a folder of

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import shutil
 import tarfile
 
 import numpy as np
@@ -14,7 +15,7 @@ from mim.contracts import DataError
 from mim.data.index import index
 from mim.data.make import make
 from mim.data.reshard import reshard
-from mim.data.shards import Dataset, read_lock
+from mim.data.shards import LOCK, Dataset, read_lock
 from mim.data.verify import verify
 
 
@@ -97,8 +98,6 @@ def test_the_quarantine_moves_along(made, tmp_path):
 
 
 def test_damage_ends_the_copy_and_leaves_nothing(made, tmp_path):
-    import shutil
-
     copy = shutil.copytree(made, tmp_path / "copy")
     offset = int(np.load(copy / "shard-00001.npy")["image"]["offset"][4]) + 20
     data = bytearray((copy / "shard-00001.tar").read_bytes())
@@ -119,3 +118,13 @@ def test_a_folder_that_holds_something_is_left_alone(made, tmp_path):
     (tmp_path / "mine").write_text("x")
     with pytest.raises(ConfigError, match="is not empty"):
         reshard(made, tmp_path, num_shards=2)
+
+
+def test_a_copy_that_was_killed_while_it_moved_its_shards_out_can_be_repeated(made, tmp_path):
+    reshard(made, tmp_path / "whole", num_shards=3, workers=1)
+    out = shutil.copytree(tmp_path / "whole", tmp_path / "out")
+    (out / LOCK).unlink()
+    (out / "shard-00002.tar").unlink()
+    (out / ".partial").mkdir()
+    reshard(made, out, num_shards=3, workers=1)
+    assert hashes(out) == hashes(tmp_path / "whole")

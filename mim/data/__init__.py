@@ -3,6 +3,8 @@
 tar        what a shard may hold           store     where bytes come from
 shards     the dataset folder              order     which sample comes when
 listing    images, keys and classes        decode    bytes -> image
-write      tars, index, statistics         augment   image -> views
-make       folder -> dataset folder        stream    all of it as batches
+members    members of a tar -> samples     augment   image -> views
+sources    what shards are made from       stream    all of it as batches
+plan, write, make, join, reshard, shrink   images -> dataset folder
+index      existing tars -> dataset folder verify    every byte once, quarantine
 """

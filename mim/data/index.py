@@ -32,8 +32,8 @@ from mim.data.decode import BadImage
 from mim.data.listing import IMAGE_ENDINGS
 from mim.data.locations import expand, names
 from mim.data.members import Group, index_of, samples, save_index
-from mim.data.order import key64
 from mim.data.parts import WHOLE, Part, remove_parts
+from mim.data.picks import keyed_picks
 from mim.data.shards import FORMAT, LABEL_MEMBER, LOCK, Dataset, dataset_id, is_dataset, write_lock
 from mim.data.store import Store
 from mim.data.workers import pool
@@ -276,9 +276,7 @@ def _nothing_usable(task: Task, other: Counter[str]) -> DataError:
 def _measured(out: Path, lock: dict[str, Any], workers: int | None) -> dict[str, Any]:
     """Statistics of a keyed sample of the images."""
     dataset = Dataset(out, lock)
-    picks = sorted({key64("statistics", i) % len(dataset) for i in range(NUM_MEASURED)})
-    if len(dataset) <= NUM_MEASURED:
-        picks = list(range(len(dataset)))
+    picks = keyed_picks(len(dataset), NUM_MEASURED, "statistics")
     size = 50  # a task of some seconds even over a network
     chunks = [picks[start : start + size] for start in range(0, len(picks), size)]
     with pool(workers, len(chunks)) as processes:

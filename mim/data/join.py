@@ -10,6 +10,7 @@ from mim.config import ConfigError
 from mim.contracts import DataError
 from mim.data import index, make, verify
 from mim.data.parts import read_parts
+from mim.data.plan import KIND
 from mim.data.shards import LOCK, is_dataset, read_lock
 
 
@@ -41,7 +42,7 @@ def join(out: Path | str) -> JoinReport:
     joined = "nothing"
     if parts:
         joined = parts[0]["kind"]
-        if joined == make.KIND:
+        if joined == KIND:
             make.join(out, parts[0])
         else:
             _join_index(out, parts)

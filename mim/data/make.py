@@ -15,69 +15,24 @@ import contextlib
 import fcntl
 import hashlib
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import PIL
-
 from mim.config import ConfigError
 from mim.contracts import DataError, StorageError
 from mim.data.listing import list_images
-from mim.data.order import key64, permutation
 from mim.data.parts import WHOLE, Part, remove_parts
-from mim.data.shards import FORMAT, LOCK, is_dataset, read_lock
+from mim.data.plan import PARTIAL, QUALITY, Options, Plan, identity_of, plan_of, shard_name
+from mim.data.shards import LOCK, is_dataset, read_lock
 from mim.data.sources import Source, from_folder, open_source
-from mim.data.write import Item, Task, facts_file, finish, read_facts, write_shards
+from mim.data.write import Task, facts_file, finish, read_facts, write_shards
 from mim.log import write_json
 
-PARTIAL = ".partial"  # in OUT: what is being written; left by a killed process, finished by the next
 LOCK_FILE = ".lock"  # in OUT: two processes that want the same dataset make it once
 STEM = LOCK.removesuffix(".json")  # of the files that parts leave
-KIND = "make"
-QUALITY = 90  # of JPEGs, where images are shrunk
-
-
-@dataclass(frozen=True)
-class Options:
-    """What decides the bytes of a dataset, besides the images."""
-
-    labels_from_folders: bool = False
-    val_ratio: float = 0.0
-    shard_size: int = 1000  # samples
-    seed: int = 0
-    labels: str | None = None  # "cls" of tars, or the column of a saved dataset
-    short: int | None = None  # pixels
-    quality: int | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything that is decided before the first image is read."""
-
-    out: Path
-    options: Options
-    identity: str  # hash of images and options
-    classes: list[str] | None
-    splits: dict[str, list[Task]]  # by the name of the folder in OUT; "" is OUT itself
-    left_out: list[dict[str, str]]
-
-    @property
-    def work(self) -> Path:
-        """The hidden folder where shards are written."""
-        return self.out / PARTIAL / self.identity[:16]
-
-    def content(self) -> dict[str, Any]:
-        """What a part leaves, for `join`."""
-        return {
-            "format": FORMAT,
-            "kind": KIND,
-            "source": {"hash": self.identity, **asdict(self.options)},
-            "classes": self.classes,
-            "splits": {name: len(tasks) for name, tasks in self.splits.items()},
-            "left_out": self.left_out,
-        }
 
 
 @dataclass(frozen=True)
@@ -91,11 +46,15 @@ class MakeReport:
     left_out: list[dict[str, str]]  # {"file", "reason"} of each image that cannot be decoded
     ignored: dict[str, int]  # files of other endings
     reused: bool  # OUT held the same dataset already
+    images_per_second: float = 0.0  # written now; what a killed process had finished counts too
     part: str | None = None  # i/n: only these shards were made
 
     def text(self) -> str:
         """The report for people."""
-        lines = [f"{self.num_samples} images in {self.path}" + (" (made before, reused)" if self.reused else "")]
+        lines = [
+            f"{self.num_samples} images in {self.path}"
+            + (" (made before, reused)" if self.reused else f", {self.images_per_second:.0f}/s")
+        ]
         if self.part is not None:
             lines = [f"{self.num_samples} images in part {self.part}; when all are: mim shards join {self.path}"]
         if self.val_path is not None:
@@ -154,7 +113,7 @@ def cached(
     folder = Path(folder)
     options = Options(labels_from_folders=labels_from_folders, val_ratio=val_ratio, seed=seed)
     source = from_folder(list_images(folder), labels_from_folders=labels_from_folders)
-    place = hashlib.sha256(f"{folder.resolve()}\0{_identity(source, options)}".encode(errors="surrogateescape"))
+    place = hashlib.sha256(f"{folder.resolve()}\0{identity_of(source, options)}".encode(errors="surrogateescape"))
     out = Path(cache_dir) / f"{folder.resolve().name}-{place.hexdigest()[:16]}"
     _make(source, out, options, workers=None, max_left_out=None, part=None)
     return out
@@ -183,15 +142,10 @@ def join(out: Path, content: dict[str, Any]) -> MakeReport:
     return _report(plan, {}, reused=False)
 
 
-def shard_name(number: int) -> str:
-    """File name of a shard."""
-    return f"shard-{number:05d}.tar"
-
-
 def _make(
     source: Source, out: Path, options: Options, workers: int | None, max_left_out: int | None, part: Part | None
 ) -> MakeReport:
-    plan = _plan(source, out, options)
+    plan = plan_of(source, out, options)
     tasks = (part or WHOLE).take([task for split in plan.splits.values() for task in split])
     num_images = sum(len(task.items) for task in tasks)
     budget = max(10, num_images // 100) if max_left_out is None else max_left_out
@@ -201,29 +155,18 @@ def _make(
             reused = _already_made(plan)
             if reused:
                 shutil.rmtree(out / PARTIAL, ignore_errors=True)  # what a kill at the very end left
+            rate = 0.0
             if not reused:
+                began = time.monotonic()
                 written = _write(plan, tasks, workers, budget, part)
+                rate = round(num_images / max(time.monotonic() - began, 1e-9), 1)
                 if part is not None:
                     write_json(out / part.file(STEM), plan.content())
                     bad = [entry for one in written for entry in one.left_out]
                     count = sum(one.count for one in written)
                     name = f"{part.number}/{part.count}"
-                    return MakeReport(out, None, count, 0, bad, source.ignored, reused=False, part=name)
-    return _report(plan, source.ignored, reused)
-
-
-def _plan(source: Source, out: Path, options: Options) -> Plan:
-    identity = _identity(source, options)
-    plan = Plan(out, options, identity, source.classes, {}, list(source.left_out))
-    for name, items in _split(source, options).items():
-        starts = range(0, len(items), options.shard_size)
-        for number, start in enumerate(starts):
-            target, some = plan.work / name / shard_name(number), items[start : start + options.shard_size]
-            task = Task(
-                source.reader, target, out / name / target.name, some, options.short, options.quality or QUALITY
-            )
-            plan.splits.setdefault(name, []).append(task)
-    return plan
+                    return MakeReport(out, None, count, 0, bad, source.ignored, False, rate, part=name)
+    return _report(plan, source.ignored, reused, rate)
 
 
 def _write(plan: Plan, tasks: list[Task], workers: int | None, budget: int, part: Part | None) -> list[Any]:
@@ -262,12 +205,6 @@ def _publish(plan: Plan, targets: dict[str, list[Path]]) -> None:
         (plan.work / name / LOCK).rename(plan.out / name / LOCK)
     shutil.rmtree(plan.out / PARTIAL, ignore_errors=True)
     remove_parts(plan.out, STEM)
-
-
-def _identity(source: Source, options: Options) -> str:
-    """Hash of what a dataset is made from, without reading the images."""
-    encoder = PIL.__version__ if options.short is not None else None  # another one writes other bytes
-    return source.identity(FORMAT, asdict(options), encoder)
 
 
 @contextlib.contextmanager
@@ -318,26 +255,7 @@ def _already_made(plan: Plan) -> bool:
     return False
 
 
-def _split(source: Source, options: Options) -> dict[str, list[Item]]:
-    """Return the shuffled items of each dataset to write ("" is OUT itself).
-
-    An image is in val by a hash of its own name, so it stays there when others are added.
-    """
-    number = {name: label for label, name in enumerate(source.classes or [])}
-    parts: dict[str, list[Item]] = {"train": [], "val": []} if options.val_ratio else {"": []}
-    for i in permutation(len(source.names), "make", options.seed).tolist():
-        held_out = key64("val", options.seed, source.names[i]) < options.val_ratio * 2**63
-        part = ("val" if held_out else "train") if options.val_ratio else ""
-        label = number[source.labels[i]] if source.labels is not None else None
-        parts[part].append(Item(source.names[i], source.keys[i], source.places[i], label))
-    if empty := [part for part, items in parts.items() if not items]:
-        raise ConfigError(
-            f"val_ratio={options.val_ratio} leaves no image of {len(source.names)} for {empty[0]}; choose another"
-        )
-    return parts
-
-
-def _report(plan: Plan, ignored: dict[str, int], reused: bool) -> MakeReport:
+def _report(plan: Plan, ignored: dict[str, int], reused: bool, rate: float = 0.0) -> MakeReport:
     roots = _roots(plan.out, plan.options)
     locks = [read_lock(root) for root in roots]
     counts = [sum(shard["count"] for shard in lock["shards"]) for lock in locks]
@@ -349,4 +267,5 @@ def _report(plan: Plan, ignored: dict[str, int], reused: bool) -> MakeReport:
         left_out=[bad for lock in locks for bad in lock["left_out"]],
         ignored=ignored,
         reused=reused,
+        images_per_second=rate,
     )

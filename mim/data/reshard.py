@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from concurrent.futures import as_completed
 from dataclasses import dataclass
@@ -22,8 +23,8 @@ from mim import __version__
 from mim.config import ConfigError
 from mim.contracts import DataError, StorageError
 from mim.data import duplicates
-from mim.data.make import PARTIAL, shard_name
-from mim.data.shards import FORMAT, QUARANTINE, Dataset, dataset_id, read_lock, write_lock
+from mim.data.plan import PARTIAL, shard_name
+from mim.data.shards import FORMAT, QUARANTINE, Dataset, dataset_id, is_dataset, read_lock, write_lock
 from mim.data.workers import pool
 from mim.data.write import sample_of, store_shard
 from mim.log import write_json
@@ -37,10 +38,11 @@ class ReshardReport:
     num_shards: int
     num_samples: int
     dataset_id: str
+    images_per_second: float
 
     def text(self) -> str:
         """The report for people."""
-        return f"{self.num_samples} samples in {self.num_shards} shards: {self.path}"
+        return f"{self.num_samples} samples in {self.num_shards} shards, {self.images_per_second:.0f}/s: {self.path}"
 
 
 def reshard(path: str | Path, out: str | Path, *, num_shards: int, workers: int | None = None) -> ReshardReport:
@@ -49,14 +51,14 @@ def reshard(path: str | Path, out: str | Path, *, num_shards: int, workers: int 
     dataset, lock = Dataset.open(path), read_lock(path)
     if not 1 <= num_shards <= len(dataset):
         raise ConfigError(f"--shards {num_shards} must lie from 1 to the {len(dataset)} samples of {path}")
-    if out.exists() and (not out.is_dir() or {entry.name for entry in out.iterdir()} - {PARTIAL}):
-        raise ConfigError(f"{out} is not empty; choose a folder that is empty or new")
+    _check_free(out)
     qualified = bool(duplicates.keys(dataset, list(range(len(dataset.counts))))[1])
     bounds = [len(dataset) * i // num_shards for i in range(num_shards + 1)]
     work = out / PARTIAL
     try:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
+        began = time.monotonic()
         shards = _copy_all(dataset, work, bounds, qualified, workers)
         new_id = _finish(path, out, work, lock, shards, bounds)
     except (StorageError, DataError):
@@ -65,7 +67,16 @@ def reshard(path: str | Path, out: str | Path, *, num_shards: int, workers: int 
         raise StorageError(f"cannot write {out}: {error}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return ReshardReport(out, num_shards, len(dataset), new_id)
+    rate = round(len(dataset) / max(time.monotonic() - began, 1e-9), 1)
+    return ReshardReport(out, num_shards, len(dataset), new_id, rate)
+
+
+def _check_free(out: Path) -> None:
+    """Refuse a place that holds anything but what a killed `reshard` left there."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file; choose a folder that is empty or new")
+    if is_dataset(out) or (out.is_dir() and not (out / PARTIAL).is_dir() and any(out.iterdir())):
+        raise ConfigError(f"{out} is not empty; choose a folder that is empty or new")
 
 
 def _copy_all(

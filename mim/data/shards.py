@@ -28,12 +28,14 @@ import numpy as np
 from mim.config import ConfigError
 from mim.contracts import DataError
 from mim.data import tar
+from mim.data.decode import MAX_BYTES
 from mim.data.store import Store
 
 FORMAT = 1
 LOCK = "dataset.lock.json"
 QUARANTINE = "quarantine.json"  # by verify: samples whose bytes are right, and that the decoder refuses
 LABEL_MEMBER = "cls"
+MAX_SPAN = 2 * MAX_BYTES  # of one sample, header and padding included: what one read may take in memory
 MEMBER = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4")])
 
 
@@ -90,8 +92,10 @@ class Dataset:
         members = self._record(shard, row)[1].values()
         start = min(offset for offset, _, _ in members) - tar.BLOCK
         end = max(offset + size for offset, size, _ in members)
-        if not 0 <= start <= end <= self._sizes[shard]:
-            raise DataError(f"{self._locations[shard]}, row {row}: the index leaves the shard; copy the dataset again")
+        if not (0 <= start <= end <= self._sizes[shard] and end - start <= MAX_SPAN):
+            raise DataError(
+                f"{self._locations[shard]}, row {row}: the index is wrong, it leaves the shard; copy the dataset again"
+            )
         return start, end
 
     def unpack(self, shard: int, row: int, data: bytes) -> Sample:
@@ -196,12 +200,14 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "num_shards": len(shards),
         "num_bytes": sum(shard["size"] for shard in shards),
         "num_left_out": sum(entry.get("count", 1) for entry in lock["left_out"]),
+        "proof": sorted({shard.get("proof", "bytes") for shard in shards}),
         "members": schema["members"],
         "classes": dict(zip(classes, statistics["class_counts"], strict=True)) if classes is not None else None,
         "height": statistics["height"],
         "width": statistics["width"],
         "mean": statistics["mean"],
         "std": statistics["std"],
+        "num_measured": statistics.get("num_measured", sum(shard["count"] for shard in shards)),
     }
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from mim.config import ConfigError
 from mim.contracts import StorageError
 from mim.data.decode import BadImage
-from mim.data.order import key64
+from mim.data.picks import keyed_picks
 from mim.data.shards import Dataset
 from mim.data.write import read_pixels
 
@@ -62,10 +62,7 @@ def write_sheet(path: str | Path, file: Path) -> Path:
     if file.suffix not in (".png", ".html"):
         raise ConfigError(f"--sheet {file} must end in .png or .html")
     dataset = Dataset.open(path)
-    picks = {key64("sheet", i) % len(dataset) for i in range(NUM_SHOWN)}
-    if len(dataset) <= NUM_SHOWN:
-        picks = set(range(len(dataset)))
-    tiles = [_tile(dataset, pick) for pick in sorted(picks)]
+    tiles = [_tile(dataset, pick) for pick in keyed_picks(len(dataset), NUM_SHOWN, "sheet")]
     try:
         if file.suffix == ".png":
             _grid(tiles).save(file)
