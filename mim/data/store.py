@@ -1,36 +1,63 @@
-"""Where the bytes of a shard come from: positioned reads of local files.
+"""Where the bytes of a shard come from: positioned reads of local files and of remote objects.
 
-`pread` moves no file offset, so a descriptor may be inherited by a forked worker and read from both sides. A pickled
-store arrives empty and opens its own descriptors.
+A location is a local path or an URL of `mim.data.location.SCHEMES`. Local `pread` moves no file offset, so a
+descriptor may be inherited by a forked worker and read from both sides. A pickled store arrives empty and opens its
+own descriptors and connections.
 """
 
 from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from typing import Any
 
 from mim.contracts import DataError, StorageError
+from mim.data.location import is_remote
+from mim.data.remote import Remote
+from mim.data.wire import Patience
 
 
 class Store:
     """Positioned reads with a bounded number of open files. One per process; not shared between threads."""
 
-    def __init__(self, max_open: int = 128):  # well below the usual limit of 1024 descriptors per process
+    def __init__(
+        self,
+        max_open: int = 128,  # well below the usual limit of 1024 descriptors per process
+        patience: Patience | None = None,
+    ):
         self.max_open = max_open
+        self.remote = Remote(patience)
         self._descriptors: OrderedDict[str, int] = OrderedDict()  # least recently used first
 
-    def pread(self, path: str, offset: int, size: int) -> bytes:
-        """Return exactly `size` bytes from `offset`. A short file is DataError, a failing disk StorageError."""
+    def pread(self, location: str, offset: int, size: int) -> bytes:
+        """Return exactly `size` bytes from `offset`.
+
+        Raises DataError when the file is shorter or (remote) was overwritten, StorageError when a disk or a server
+        fails until the deadline, ConfigError for a location that is refused.
+        """
+        if location not in self._descriptors and is_remote(location):
+            return self.remote.pread(location, offset, size)
         try:
-            data = os.pread(self._descriptor(path), size, offset)
+            data = os.pread(self._descriptor(location), size, offset)
         except OSError as error:
-            raise StorageError(f"cannot read {path}: {error.strerror}") from error
+            raise StorageError(f"cannot read {location}: {error.strerror}") from error
         if len(data) < size:
-            raise DataError(f"{path} ends at byte {offset + len(data)}, {size - len(data)} bytes short; copy it again")
+            short = size - len(data)
+            raise DataError(f"{location} ends at byte {offset + len(data)}, {short} bytes short; copy it again")
         return data
 
+    def size(self, location: str) -> int:
+        """Length of a file or object in bytes. Raises as `pread`."""
+        if is_remote(location):
+            return self.remote.identify(location).size
+        try:
+            return os.stat(location).st_size
+        except OSError as error:
+            raise StorageError(f"cannot read {location}: {error.strerror}") from error
+
     def close(self) -> None:
-        """Close all descriptors; the next read opens them again."""
+        """Close all descriptors and connections; the next read opens them again."""
+        self.remote.close()
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
@@ -46,8 +73,9 @@ class Store:
     def __del__(self) -> None:
         self.close()
 
-    def __getstate__(self) -> dict[str, int]:
-        return {"max_open": self.max_open}
+    def __getstate__(self) -> dict[str, Any]:
+        return {"max_open": self.max_open, "remote": self.remote}
 
-    def __setstate__(self, state: dict[str, int]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["max_open"])  # type: ignore[misc]
+        self.remote = state["remote"]
