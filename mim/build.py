@@ -127,6 +127,8 @@ def open_data(sections: Sections) -> tuple[shards.Dataset, shards.Dataset | None
     """Open the training and the held-out dataset; an image folder is made into shards once, in the cache."""
     data = config.typed(stream.Config, sections["data"], "data")
     cache = Path(sections.get("train", {}).get("cache_dir") or "~/.cache/mimstream").expanduser()
+    limit = sections.get("train", {}).get("cache_limit")
+    settings: Any = {"cache_dir": cache / "shards", "cache_limit": None if limit is None else int(limit * 2**30)}
     root = Path(data.path).expanduser()
     if not (shards.is_dataset(root) or shards.is_dataset(root / "train")):
         labels = data.labels_from_folders
@@ -134,13 +136,13 @@ def open_data(sections: Sections) -> tuple[shards.Dataset, shards.Dataset | None
     inside = root / "train" if shards.is_dataset(root / "train") else root
     held_out = data.val_path or (root / "val" if shards.is_dataset(root / "val") else None)
     if held_out is None:
-        return shards.Dataset.open(inside), None
+        return shards.Dataset.open(inside, **settings), None
     held_out = Path(held_out).expanduser()
     if not shards.is_dataset(held_out):
         held_out = make.cached(
             held_out, cache, labels_from_folders=data.labels_from_folders, val_ratio=0.0, seed=data.seed
         )
-    return shards.Dataset.open(inside), shards.Dataset.open(held_out)
+    return shards.Dataset.open(inside, **settings), shards.Dataset.open(held_out, **settings)
 
 
 @torch.no_grad()

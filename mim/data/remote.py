@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
+import functools
 import http.client
 import os
 import random
@@ -279,6 +280,10 @@ class Remote:
                 error = failure
         raise _Transient(f"no connection ({reason(error)})", unreachable=new) from error
 
+    @functools.cached_property
+    def _tls(self) -> ssl.SSLContext:
+        return ssl.create_default_context()  # reading all certificates takes a moment that local data need not wait
+
     def _keep(self, answer: _Answer) -> None:
         if len(self._idle) >= MAX_CONNECTIONS:
             self._idle.pop(next(iter(self._idle))).close()
@@ -290,7 +295,6 @@ class Remote:
         self._seen: dict[str, Identity] = getattr(self, "_seen", {})
         self._answered: set[tuple[str, str, int]] = set()
         self._endpoints = Endpoints()
-        self._tls = ssl.create_default_context()
         self._jitter = random.Random()  # of its own: waiting must not advance a generator of the run
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,17 +1,20 @@
 """Where the bytes of a shard come from: positioned reads of local files and of remote objects.
 
-A location is a local path or an URL of `mim.data.location.SCHEMES`. Local `pread` moves no file offset, so a
-descriptor may be inherited by a forked worker and read from both sides. A pickled store arrives empty and opens its
-own descriptors and connections.
+A location is a local path or an URL of `mim.data.location.SCHEMES`. Local files are read in place, remote objects by
+range, unless they are shards for which a cache was given: those are downloaded whole, once per node. Local `pread`
+moves no file offset, so a descriptor may be inherited by a forked worker and read from both sides. A pickled store
+arrives empty and opens its own descriptors and connections.
 """
 
 from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Any
 
 from mim.contracts import DataError, StorageError
+from mim.data.cache import RemoteShard, ShardCache
 from mim.data.location import is_remote
 from mim.data.remote import Remote
 from mim.data.wire import Patience
@@ -24,9 +27,14 @@ class Store:
         self,
         max_open: int = 128,  # well below the usual limit of 1024 descriptors per process
         patience: Patience | None = None,
+        *,
+        cache: ShardCache | None = None,
+        cached: Iterable[RemoteShard] = (),  # what is read through `cache`
     ):
         self.max_open = max_open
         self.remote = Remote(patience)
+        self.cache = cache
+        self.cached = {shard.url: shard for shard in cached}
         self._descriptors: OrderedDict[str, int] = OrderedDict()  # least recently used first
 
     def pread(self, location: str, offset: int, size: int) -> bytes:
@@ -35,6 +43,8 @@ class Store:
         Raises DataError when the file is shorter or (remote) was overwritten, StorageError when a disk or a server
         fails until the deadline, ConfigError for a location that is refused.
         """
+        if self.cache is not None and location in self.cached:
+            return self.cache.pread(self.cached[location], offset, size)
         if location not in self._descriptors and is_remote(location):
             return self.remote.pread(location, offset, size)
         try:
@@ -55,9 +65,15 @@ class Store:
         except OSError as error:
             raise StorageError(f"cannot read {location}: {error.strerror}") from error
 
+    def recheck(self, location: str) -> bool:
+        """Look again at a shard whose bytes contradict its index; say whether another read may give others."""
+        return self.cache is not None and location in self.cached and self.cache.recheck(self.cached[location])
+
     def close(self) -> None:
         """Close all descriptors and connections; the next read opens them again."""
         self.remote.close()
+        if self.cache is not None:
+            self.cache.close()
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
@@ -74,8 +90,4 @@ class Store:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"max_open": self.max_open, "remote": self.remote}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["max_open"])  # type: ignore[misc]
-        self.remote = state["remote"]
+        return self.__dict__ | {"_descriptors": OrderedDict()}

@@ -1,0 +1,126 @@
+"""Room in the shard cache: what lies there, what may go, and in which order.
+
+A file is in use while a process holds a lock on it (flock, so a killed process holds none); such a file is never
+removed. Of the others, abandoned downloads go first, then the shards that were opened longest ago.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from mim.contracts import StorageError
+
+SHARD = re.compile(r"(u-)?[0-9a-f]{64}\.tar")
+PART = re.compile(r"(u-)?[0-9a-f]{64}\.tar\.(\d+)\.part")  # the number is the size when complete, in bytes
+FREE_RATIO = 0.05  # of the disk stays free, whatever the limit
+STALE = 24 * 3600  # seconds after which an abandoned download is not resumed any more
+
+
+class _Entry(NamedTuple):
+    path: Path
+    reserved: int  # bytes, of a download those of the whole shard
+    present: int  # bytes on the disk
+    order: tuple[bool, float]  # the smallest goes first
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[int]:
+    """Hold a file (made when missing) against other processes; yield its descriptor, open for writing.
+
+    Whoever removes or renames the file holds this lock, so a file that is no longer at its path is let go.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if _is_at(descriptor, path):
+                yield descriptor
+                return
+        finally:
+            release(descriptor)
+
+
+def release(descriptor: int) -> None:
+    """Unlock and close. Closing alone would leave the lock with a child that was forked meanwhile."""
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
+
+
+def make_room(folder: Path, size: int, limit: int | None) -> None:
+    """Remove what is not in use until everything, downloads counted whole, fits into `limit` bytes and the disk.
+
+    size: bytes of the download that asks, for the message; its file is there already. Raises StorageError.
+    """
+    with locked(folder / "room.lock"):
+        entries = sorted(_entries(folder), key=lambda entry: entry.order)
+        disk = os.statvfs(folder)
+        free = disk.f_bavail * disk.f_frsize - int(FREE_RATIO * disk.f_blocks * disk.f_frsize)
+        capacity = sum(entry.present for entry in entries) + free
+        bound = "the disk" if limit is None or capacity < limit else "cache_limit"
+        capacity = capacity if limit is None else min(capacity, limit)
+        used = sum(entry.reserved for entry in entries)
+        for entry in entries:
+            if used <= capacity:
+                break
+            if remove_unused(entry.path):
+                used -= entry.reserved
+        if used > capacity:
+            raise StorageError(
+                f"no room for a shard of {size} bytes in {folder}: shards in use and downloads take {used - size} "
+                f"bytes, {bound} allows {max(capacity, 0)}; raise train.cache_limit, free the disk, or choose another "
+                f"train.cache_dir"
+            )
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove downloads that were abandoned long ago."""
+    for entry in _entries(folder):
+        if PART.fullmatch(entry.path.name):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - entry.path.stat().st_mtime > STALE:
+                    remove_unused(entry.path)
+
+
+def remove_unused(path: Path) -> bool:
+    """Remove a file unless a process holds it; say whether it is gone."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _is_at(descriptor, path):
+            path.unlink()
+            path.with_suffix(".sha256").unlink(missing_ok=True)
+    except BlockingIOError:
+        return False
+    finally:
+        release(descriptor)
+    return True
+
+
+def _entries(folder: Path) -> Iterator[_Entry]:
+    """What this cache put into the folder; a stranger's files are neither counted nor touched."""
+    with os.scandir(folder) as found:
+        for file in found:
+            part = PART.fullmatch(file.name)
+            if part is None and SHARD.fullmatch(file.name) is None:
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                stat = file.stat(follow_symlinks=False)
+                reserved = int(part[2]) if part else stat.st_size
+                yield _Entry(Path(file.path), reserved, stat.st_size, (part is None, stat.st_atime_ns))
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    except FileNotFoundError:
+        return False
