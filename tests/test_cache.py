@@ -156,6 +156,20 @@ def test_four_processes_at_once_make_one_download(server, cache):
     assert server.count("/a.tar") == 1
 
 
+def test_who_waits_for_a_download_does_not_wait_for_its_readers(server, cache):
+    """A reader holds its shard for long; a process that asked while it was downloaded must not wait for that."""
+    server.bandwidth = 500_000
+    shard = put(server)
+    fork = multiprocessing.get_context("fork")
+    waiting = [fork.Process(target=cache.fetch, args=(shard,)) for _ in range(3)]
+    for process in waiting:
+        process.start()
+    assert cache.pread(shard, 0, 10) == BODY[:10]  # and holds it
+    for process in waiting:
+        process.join(10)
+    assert [process.exitcode for process in waiting] == [0, 0, 0]
+
+
 @pytest.mark.parametrize("known", [True, False], ids=["hash-known", "headers-only"])
 @pytest.mark.parametrize("damage", ["cut", "poisoned", "emptied"])
 def test_a_copy_that_was_changed_is_fetched_again_before_use(server, cache, damage, known, capsys):

@@ -2,7 +2,8 @@
 
     <sha256>.tar             a shard whose hash the lock states
     u-<hash>.tar             one without: hash of URL, size and ETag; <its own sha256> lies beside it as u-<hash>.sha256
-    NAME.tar.SIZE.part       a download; locked while somebody writes it, resumed by whoever wants it after a kill
+    NAME.tar.SIZE.part       a download; resumed by whoever wants the shard after a kill
+    NAME.tar.SIZE.lock       held while somebody downloads it
     room.lock                held while room is made
 
 A shard is published by one rename, after size and sha256 are proven and the bytes synced. Whole files are hashed once:
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 
 from mim.config import ConfigError
 from mim.contracts import DataError, StorageError
-from mim.data.eviction import locked, make_room, release, remove_stale
+from mim.data.eviction import locked, make_room, part_lock, release, remove_stale
 from mim.data.location import redact
 from mim.data.remote import Remote
 from mim.data.wire import Patience
@@ -153,10 +154,10 @@ class ShardCache:
         """Download, prove and publish a shard, unless another process did so while we waited for it."""
         path = self.folder / name
         part = self.folder / f"{name}.{shard.size}.part"
-        with locked(part) as descriptor:
+        with locked(part_lock(part)):
             if path.exists():
-                part.unlink()
                 return
+            descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             try:
                 make_room(self.folder, shard.size, self.limit)
                 for attempt in (1, 2):
@@ -175,6 +176,8 @@ class ShardCache:
                 if error.errno in NO_SPACE or os.fstat(descriptor).st_size == 0:
                     part.unlink(missing_ok=True)
                 raise
+            finally:
+                os.close(descriptor)
         folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
         os.fsync(folder)
         os.close(folder)

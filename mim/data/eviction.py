@@ -31,20 +31,31 @@ class _Entry(NamedTuple):
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[int]:
-    """Hold a file (made when missing) against other processes; yield its descriptor, open for writing.
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock file against other processes; without `wait`, yield False when another one holds it.
 
-    Whoever removes or renames the file holds this lock, so a file that is no longer at its path is let go.
+    The file is of its own, never a shard: readers hold their shards for long. It is removed at the end; whoever waited
+    for it then makes a new one.
     """
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if _is_at(descriptor, path):
-                yield descriptor
-                return
+            held = _lock(descriptor, wait)
+            if held and not _is_at(descriptor, path):
+                continue
+            try:
+                yield held
+            finally:
+                if held:
+                    path.unlink(missing_ok=True)
+            return
         finally:
             release(descriptor)
+
+
+def part_lock(path: Path) -> Path:
+    """The lock file of a download."""
+    return path.with_suffix(".lock")
 
 
 def release(descriptor: int) -> None:
@@ -89,21 +100,25 @@ def remove_stale(folder: Path) -> None:
 
 
 def remove_unused(path: Path) -> bool:
-    """Remove a file unless a process holds it; say whether it is gone."""
+    """Remove a shard or a download unless a process holds it; say whether it is gone."""
+    if PART.fullmatch(path.name):
+        with locked(part_lock(path), wait=False) as held:
+            if held:
+                path.unlink(missing_ok=True)
+            return held
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
         return True
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not _lock(descriptor, wait=False):
+            return False
         if _is_at(descriptor, path):
             path.unlink()
             path.with_suffix(".sha256").unlink(missing_ok=True)
-    except BlockingIOError:
-        return False
+        return True
     finally:
         release(descriptor)
-    return True
 
 
 def _entries(folder: Path) -> Iterator[_Entry]:
@@ -117,6 +132,14 @@ def _entries(folder: Path) -> Iterator[_Entry]:
                 stat = file.stat(follow_symlinks=False)
                 reserved = int(part[2]) if part else stat.st_size
                 yield _Entry(Path(file.path), reserved, stat.st_size, (part is None, stat.st_atime_ns))
+
+
+def _lock(descriptor: int, wait: bool) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

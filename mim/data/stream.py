@@ -22,6 +22,7 @@ from mim.contracts import Batch, DataError
 from mim.data.augment import Sizes
 from mim.data.decode import BadImage, decode
 from mim.data.order import MicroBatch, Order, Plan, Slots, key64, permutation, rng
+from mim.data.prefetch import Prefetcher
 from mim.data.shards import Dataset, Sample
 
 View = Callable[[Tensor, np.random.Generator, Sizes], list[Tensor]]
@@ -177,7 +178,8 @@ def loader(
     """Return the micro-batches of one rank: `num_steps * micro_batches` of them, in order."""
     plan = Plan(order.repeats, batch_size, rank, world, micro_batches, position, num_steps)
     stream = Stream(order, Renderer(dataset, view, sizes, mask, channels, order.seed))
-    return _in_order(stream, plan, workers, pin_memory, timeout)
+    indices = Prefetcher(plan, order, dataset) if dataset.remote_shards else plan
+    return _in_order(stream, indices, workers, pin_memory, timeout)
 
 
 def evaluate(
