@@ -1,11 +1,11 @@
 import os
 import pickle
 import random
-import re
 import socket
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import replace
 
 import pytest
@@ -21,7 +21,7 @@ BODY = random.Random(0).randbytes(300_000)
 HASTE = Patience(
     connect=2, silence=0.2, min_rate=50_000, total=5, unreachable=0.3, first_wait=0.01, longest_wait=0.1
 )  # what takes seconds in earnest
-SECRETS = ("hunter2", "SIGNATURE", "hf_planted", "AKIAPLANTED", "planted-secret", "ya29.planted")
+SECRETS = ("hunter2", "SIGNATURE", "X-Amz-Signature", "hf_planted", "AKIAPLANTED", "planted-secret", "ya29.planted")
 
 
 @pytest.fixture
@@ -50,9 +50,16 @@ def assert_fails(server, remote, fault, kind, message):
     with pytest.raises(kind, match=message) as raised:
         remote.pread(url, 0, 100_000)
     assert server.fired["/a.tar"]
-    assert not [secret for secret in SECRETS if secret in str(raised.value)]
+    assert_no_secret(raised.value)
     assert "/a.tar" in str(raised.value)
     return str(raised.value)
+
+
+def assert_no_secret(error):
+    """Neither the message nor anything that a traceback prints of its causes holds one of the planted secrets."""
+    printed = "".join(traceback.format_exception(error))
+    assert str(error) in printed
+    assert not [secret for secret in SECRETS if secret in printed]
 
 
 def test_any_range_is_read_exactly(server, remote):
@@ -123,7 +130,7 @@ def test_a_refused_connection_is_told_soon(remote):
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/a.tar?sig=SIGNATURE"
         with pytest.raises(StorageError, match=r"/a\.tar: no connection \(.*refused") as raised:
             remote.pread(url, 0, 1)
-    assert "SIGNATURE" not in str(raised.value)
+    assert_no_secret(raised.value)
 
 
 def test_an_unknown_host_is_told_soon(remote, monkeypatch):
@@ -333,7 +340,35 @@ def test_an_s3_address_is_presigned_anew_and_never_shown(server, remote, monkeyp
     server.put("/bucket/a.tar", BODY, then=status(403))
     with pytest.raises(StorageError, match=r"cannot read s3://bucket/a\.tar: the server answers 403") as raised:
         remote.pread("s3://bucket/a.tar", 9, 10)
-    assert not re.search("AKIAPLANTED|planted-secret|Signature", str(raised.value))
+    assert_no_secret(raised.value)
+
+
+@pytest.mark.slow
+def test_an_s3_server_is_read_by_ranges_and_its_errors_are_one_sentence(remote, monkeypatch):
+    servers, botocore = pytest.importorskip("moto.server"), pytest.importorskip("botocore.session")
+    moto = servers.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    moto.start()
+    try:
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAPLANTED")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted-secret")
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://{}:{}".format(*moto.get_host_and_port()))
+        client = botocore.get_session().create_client("s3", region_name="us-east-1")
+        client.create_bucket(Bucket="photos")
+        client.put_object(Bucket="photos", Key="train/a 1+ü.tar", Body=BODY)
+        url = "s3://photos/train/a 1+ü.tar"
+        assert remote.identify(url).size == len(BODY)
+        assert [remote.pread(url, at, 1000) for at in (0, 123_456)] == [BODY[:1000], BODY[123_456:124_456]]
+        with pytest.raises(DataError, match="ends at byte 300000"):
+            remote.pread(url, 299_000, 2000)
+        for missing in ("s3://photos/none.tar", "s3://none/a.tar"):
+            with pytest.raises(StorageError, match=rf"cannot read {missing}: the server answers 404") as raised:
+                remote.pread(missing, 0, 1)
+            assert_no_secret(raised.value)
+        client.put_object(Bucket="photos", Key="train/a 1+ü.tar", Body=BODY[::-1])
+        with pytest.raises(DataError, match="was overwritten"):
+            remote.pread(url, 0, 1000)
+    finally:
+        moto.stop()
 
 
 def test_missing_s3_credentials_are_one_sentence(remote, monkeypatch, tmp_path):
@@ -356,7 +391,7 @@ def test_a_hub_address_sends_the_token_to_the_hub_alone(server, remote, monkeypa
     server.put(path, b"", then=redirect("https://evil.example/a.tar"))
     with pytest.raises(StorageError, match="redirects to https://evil") as raised:
         remote.pread("hf://datasets/me/photos@v1/train/a.tar", 9, 10)
-    assert "hf_planted" not in str(raised.value)
+    assert_no_secret(raised.value)
 
 
 def test_a_google_address_sends_a_bearer_token_and_hides_it(server, remote, monkeypatch):
@@ -369,7 +404,7 @@ def test_a_google_address_sends_a_bearer_token_and_hides_it(server, remote, monk
     assert server.requests["/bucket/a.tar"][0]["Authorization"] == "Bearer ya29.planted"
     with pytest.raises(StorageError, match=r"gs://bucket/a\.tar: the server answers 403") as raised:
         remote.pread("gs://bucket/a.tar", 9, 10)
-    assert "ya29" not in str(raised.value)
+    assert_no_secret(raised.value)
 
 
 @pytest.mark.parametrize("url", ["s3://bucket", "gs://bucket/", "hf://datasets/me", "hf://spaces/me/x/a.tar"])
@@ -387,3 +422,8 @@ def test_no_read_of_any_kind_starts_a_process(server, remote, monkeypatch):
     assert started == []
     subprocess.run(["true"], check=True)  # the hook hears
     assert started
+
+
+def test_a_path_is_sent_percent_encoded(server, remote):
+    server.put("/a%20%C3%BC.tar", BODY)
+    assert remote.pread(server.url("/a ü.tar"), 0, 9) == remote.pread(server.url("/a%20%C3%BC.tar"), 0, 9) == BODY[:9]

@@ -159,7 +159,7 @@ class ShardCache:
                 return
             descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             try:
-                make_room(self.folder, shard.size, self.limit)
+                make_room(self.folder, shard.size, limit=self.limit)
                 for attempt in (1, 2):
                     if self._receive(descriptor, path, shard):
                         break

@@ -64,7 +64,7 @@ def release(descriptor: int) -> None:
     os.close(descriptor)
 
 
-def make_room(folder: Path, size: int, limit: int | None) -> None:
+def make_room(folder: Path, size: int, *, limit: int | None) -> None:
     """Remove what is not in use until everything, downloads counted whole, fits into `limit` bytes and the disk.
 
     size: bytes of the download that asks, for the message; its file is there already. Raises StorageError.

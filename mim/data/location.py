@@ -38,8 +38,8 @@ def is_remote(location: str) -> bool:
     shown = redact(location)
     if "@" in location[len(scheme) + 3 :].partition("/")[0] or shown.endswith("://***"):
         raise ConfigError(f"{shown}: credentials do not belong into an address; leave them to the environment")
-    if any(character <= " " or character == "\x7f" for character in location):
-        raise ConfigError(f"{shown!r} holds a blank or a control character; write it percent-encoded")
+    if any(character < " " or character == "\x7f" for character in location):
+        raise ConfigError(f"{shown!r} holds a control character, which no address has; correct it")
     if not urlsplit(location).hostname:
         raise ConfigError(f"{shown!r} names no host or bucket; write {scheme}://HOST/PATH")
     return True

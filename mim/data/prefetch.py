@@ -25,7 +25,7 @@ MAX_MICRO_BATCHES = 4096  # ahead, where shards are few
 class Prefetcher(Collection[MicroBatch]):
     """The micro-batches of a plan, with their remote shards fetched ahead while they are handed out."""
 
-    def __init__(self, plan: Plan, order: Order, dataset: Dataset, *, max_bytes: int = MAX_BYTES):
+    def __init__(self, plan: Plan, order: Order, *, dataset: Dataset, max_bytes: int = MAX_BYTES):
         self.plan = plan
         self.order = order
         self.shards = dataset.remote_shards

@@ -6,10 +6,11 @@ connection that is silent or slower than a minimum is given up. Everything is re
 honours Retry-After up to a cap, until one deadline; then it is a StorageError. Redirects are followed inside one host
 (and one scheme) only; link-local addresses, where clouds serve credentials, are never asked.
 
-The transport is `http.client`'s response parser on our own socket, with each service's library for credentials alone
-(`mim.data.endpoint`). Measured against obstore and fsspec by `benchmarks/remote.py`: they have no minimum throughput
-and no deadline over a body, so a trickle holds them; fsspec hides an overwritten object, and obstore cannot be used in
-a forked loader worker. Proxy variables of the environment are ignored.
+The transport is `http.client`'s response parser on our own socket; each service's library is asked for credentials
+alone (`mim.data.endpoint`). `benchmarks/remote.py` compares it with the two libraries that could stand here, by what
+faults become: obstore never returns in a process that was forked after its first read, as loader workers are, and
+gives up a body that is cut without Content-Length; fsspec returns such a body short without a word, does not notice
+an object that was overwritten, and a trickle holds it. Proxy variables of the environment are ignored.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ class Remote:
         if self._process != os.getpid():
             self._forget()  # after a fork: the connections are the parent's
         patience, began = self.patience, time.monotonic()
-        deadline = began + patience.total + size / patience.min_rate
+        deadline = began + patience.until(size)
         tries, failures, before = 0, 0, progress()
         while True:
             tries += 1

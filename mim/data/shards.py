@@ -49,7 +49,7 @@ class Sample(NamedTuple):
 class Dataset:
     """A dataset folder opened for reading. Cheap to pickle, safe to fork: indices and files are opened on use."""
 
-    def __init__(self, path: Path, lock: dict[str, Any], cache: ShardCache | None = None):
+    def __init__(self, path: Path, lock: dict[str, Any], *, cache: ShardCache | None = None):
         self.path = path
         self.id: str = lock["dataset_id"]
         self.counts = np.array([shard["count"] for shard in lock["shards"]], dtype=np.int64)
@@ -82,10 +82,15 @@ class Dataset:
             if size != shard["size"]:
                 fact = "is missing" if size is None else f"has {size} bytes instead of {shard['size']}"
                 raise DataError(f"{file} {fact}; copy the dataset again")
-        return cls(path, lock, ShardCache(cache_dir, limit=cache_limit))
+        return cls(path, lock, cache=ShardCache(cache_dir, limit=cache_limit))
 
     def __len__(self) -> int:
         return int(self.counts.sum())
+
+    def longest_read(self) -> float:
+        """Seconds within which any read has succeeded or failed, a wait for another process included; 0 if local."""
+        largest = max((shard.size for shard in self.remote_shards.values()), default=None)
+        return 0.0 if largest is None else 2 * self.cache.remote.patience.until(largest)
 
     def read(self, shard: int, row: int) -> Sample:
         """Read and verify one sample. Raises DataError on any difference from the index.

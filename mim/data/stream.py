@@ -178,8 +178,8 @@ def loader(
     """Return the micro-batches of one rank: `num_steps * micro_batches` of them, in order."""
     plan = Plan(order.repeats, batch_size, rank, world, micro_batches, position, num_steps)
     stream = Stream(order, Renderer(dataset, view, sizes, mask, channels, order.seed))
-    indices = Prefetcher(plan, order, dataset) if dataset.remote_shards else plan
-    return _in_order(stream, indices, workers, pin_memory, timeout)
+    indices = Prefetcher(plan, order, dataset=dataset) if dataset.remote_shards else plan
+    return _in_order(stream, indices, workers, pin_memory, timeout and max(timeout, dataset.longest_read()))
 
 
 def evaluate(
@@ -205,7 +205,7 @@ def evaluate(
         samples = np.sort(permutation(len(dataset), "evaluate", seed)[:limit])
     chunks = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
     evaluation = Evaluation(Renderer(dataset, view, sizes, mask, channels, seed))
-    return _in_order(evaluation, chunks, workers, pin_memory, timeout)
+    return _in_order(evaluation, chunks, workers, pin_memory, timeout and max(timeout, dataset.longest_read()))
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

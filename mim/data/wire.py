@@ -28,6 +28,10 @@ class Patience:
     first_wait: float = 0.5  # between two attempts, doubling
     longest_wait: float = 30.0  # also of a Retry-After
 
+    def until(self, size: int) -> float:
+        """Seconds within which a read of `size` bytes has succeeded or failed."""
+        return self.total + size / self.min_rate
+
 
 class ForbiddenAddress(OSError):
     """An address that is never asked."""
