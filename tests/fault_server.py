@@ -120,6 +120,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         super().setup()
         self.server_of_faults.connections.add(self.connection)
 
+    def handle(self):
+        with contextlib.suppress(ConnectionError):  # of a client that went away
+            super().handle()
+
     def finish(self):
         self.server_of_faults.connections.discard(self.connection)
         super().finish()

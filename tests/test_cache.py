@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 from fault_server import FaultServer, cut, status, trickle
 
+from mim import build
 from mim.config import ConfigError
 from mim.contracts import DataError, StorageError
 from mim.data import cache as cache_module
-from mim.data.cache import STAMP, RemoteShard, ShardCache
+from mim.data.cache import FOLDER, STAMP, RemoteShard, ShardCache
 from mim.data.shards import LOCK, Dataset
 from mim.data.wire import Patience
 
@@ -355,6 +356,14 @@ def test_a_remote_dataset_gives_the_samples_of_the_local_one(shards, remote_data
     assert {len(requests) for requests in server.requests.values()} == {1}
 
 
+def test_a_recipe_says_where_remote_shards_are_kept_and_how_many(remote_dataset, tmp_path):
+    machine = {"cache_dir": str(tmp_path / "here"), "cache_limit": 0.5}
+    dataset, _ = build.open_data({"data": {"path": str(remote_dataset)}, "train": machine})
+    assert (dataset.cache.folder, dataset.cache.limit) == (tmp_path / "here" / "shards", 2**29)
+    default, _ = build.open_data({"data": {"path": str(remote_dataset)}})
+    assert (default.cache.folder, default.cache.limit) == (Path(FOLDER).expanduser(), None)
+
+
 def test_a_flipped_bit_in_the_cache_is_found_by_the_index_and_fetched_again(shards, remote_dataset, tmp_path, server):
     dataset = Dataset.open(remote_dataset, cache_dir=tmp_path / "cache")
     read_all(dataset)
@@ -376,6 +385,30 @@ def test_an_index_that_the_right_shard_contradicts_is_a_data_error(remote_datase
     with pytest.raises(DataError, match="differs from the index"):
         read_all(dataset)
     assert server.count("/photos/shard-00000.tar") == 1
+
+
+def test_a_shard_that_is_not_the_one_of_the_lock_is_downloaded_twice_and_no_more(remote_dataset, tmp_path, server):
+    path = "/photos/shard-00000.tar"
+    server.put(path, server.entries[path].body[::-1])
+    with pytest.raises(DataError, match="is not the shard of the lock"):
+        read_all(Dataset.open(remote_dataset, cache_dir=tmp_path / "cache"))
+    assert server.count(path) == 2
+
+
+@pytest.mark.slow
+def test_a_download_survives_any_number_of_kills(server, cache):
+    shard = put(server, then=trickle(100_000))
+    fork, rng = multiprocessing.get_context("fork"), random.Random(5)
+    for _ in range(20):
+        process = fork.Process(target=cache.fetch, args=(shard,))
+        process.start()
+        process.join(rng.uniform(0, 0.2))
+        process.kill()
+        process.join()
+    assert server.count("/a.tar") > 1
+    assert cache.pread(shard, 0, len(BODY)) == BODY
+    assert len(published(cache)) == 1
+    assert unfinished(cache) == []
 
 
 @pytest.mark.parametrize(

@@ -371,6 +371,16 @@ def test_an_s3_server_is_read_by_ranges_and_its_errors_are_one_sentence(remote, 
         moto.stop()
 
 
+def test_a_bucket_of_another_region_is_named(server, remote, monkeypatch):
+    pytest.importorskip("botocore")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAPLANTED")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted-secret")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", server.url(""))
+    server.put("/bucket/a.tar", BODY, then=status(301, **{"x-amz-bucket-region": "eu-west-1"}))
+    with pytest.raises(StorageError, match=r"301 Moved Permanently; .* set AWS_DEFAULT_REGION=eu-west-1"):
+        remote.pread("s3://bucket/a.tar", 0, 1)
+
+
 def test_missing_s3_credentials_are_one_sentence(remote, monkeypatch, tmp_path):
     pytest.importorskip("botocore")
     for name in [name for name in os.environ if name.startswith("AWS_")]:

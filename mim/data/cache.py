@@ -51,7 +51,7 @@ class ShardCache:
     """Positioned reads of remote shards through local copies. Arrives empty in another process; not for threads."""
 
     def __init__(self, folder: str | Path | None = None, *, limit: int | None = None, patience: Patience | None = None):
-        """limit: bytes; None lets the cache grow until FREE_RATIO of the disk is left."""
+        """limit: bytes; None lets the cache grow until little of the disk is left."""
         self.folder = Path(folder or FOLDER).expanduser().absolute()
         self.limit = limit
         self.remote = Remote(patience)
@@ -80,7 +80,9 @@ class ShardCache:
     def recheck(self, shard: RemoteShard) -> bool:
         """Hash a shard that gave bytes which an index contradicts; say whether reading it again may help."""
         name = self._name(shard)
-        held = os.fstat(self._descriptor(shard))
+        if name not in self._open:
+            return False  # it gave no bytes
+        held = os.fstat(self._open[name])
         release(self._open.pop(name))
         descriptor = self._open_sound(name, shard, rehash=True)
         if descriptor is None:

@@ -19,7 +19,7 @@ from mim.contracts import StorageError
 
 SHARD = re.compile(r"(u-)?[0-9a-f]{64}\.tar")
 PART = re.compile(r"(u-)?[0-9a-f]{64}\.tar\.(\d+)\.part")  # the number is the size when complete, in bytes
-FREE_RATIO = 0.05  # of the disk stays free, whatever the limit
+FREE_RATIO, MAX_FREE = 0.05, 20 << 30  # share of the disk that stays free whatever the limit, but at most as many bytes
 STALE = 24 * 3600  # seconds after which an abandoned download is not resumed any more
 
 
@@ -72,7 +72,7 @@ def make_room(folder: Path, size: int, *, limit: int | None) -> None:
     with locked(folder / "room.lock"):
         entries = sorted(_entries(folder), key=lambda entry: entry.order)
         disk = os.statvfs(folder)
-        free = disk.f_bavail * disk.f_frsize - int(FREE_RATIO * disk.f_blocks * disk.f_frsize)
+        free = disk.f_bavail * disk.f_frsize - min(int(FREE_RATIO * disk.f_blocks * disk.f_frsize), MAX_FREE)
         capacity = sum(entry.present for entry in entries) + free
         bound = "the disk" if limit is None or capacity < limit else "cache_limit"
         capacity = capacity if limit is None else min(capacity, limit)

@@ -231,8 +231,10 @@ class Remote:
             401: "; it asks for credentials",
             403: "; check the credentials and their rights",
             404: "; check the address",
-        }
-        raise StorageError(f"cannot read {redact(url)}: {fact}{remedy.get(status, '')}")
+        }.get(status, "")
+        if region := response.getheader("x-amz-bucket-region"):  # the usual reason, and S3 tells no other
+            remedy += f"; its bucket lies in {region}, set AWS_DEFAULT_REGION={region} if yours is another"
+        raise StorageError(f"cannot read {redact(url)}: {fact}{remedy}")
 
     def _exchange(self, where: str, headers: dict[str, str], deadline: float, url: str) -> _Answer:
         """One request and the head of its answer. A kept connection that the server has closed is replaced at once."""
