@@ -41,6 +41,10 @@ def shard_by_shard(dataset):
     return Order(dataset.id, dataset.counts, seed=0, lanes=1, window=1)
 
 
+def remote(dataset):
+    return {"shards": dataset.remote_shards, "cache": dataset.cache}
+
+
 def asked(server):
     """The shards that were asked for, in order of their first request."""
     return [path for path in server.requests if server.count(path)]
@@ -66,7 +70,7 @@ def threads():
 def test_the_shards_of_the_next_micro_batches_are_fetched_in_the_order_of_their_use(dataset, server):
     order = shard_by_shard(dataset)
     plan = Plan(1, 4, num_steps=len(dataset) // 4, position=8)
-    prefetcher = Prefetcher(plan, order, dataset=dataset)
+    prefetcher = Prefetcher(plan, order, **remote(dataset))
     batches = iter(prefetcher)
     next(batches)
     expected = in_order_of_use(dataset, order, plan)
@@ -78,8 +82,8 @@ def test_the_shards_of_the_next_micro_batches_are_fetched_in_the_order_of_their_
 
 def test_it_hands_out_the_micro_batches_of_the_plan(dataset):
     plan = Plan(1, 4, num_steps=5)
-    handed = list(Prefetcher(plan, shard_by_shard(dataset), dataset=dataset))
-    assert len(Prefetcher(plan, shard_by_shard(dataset), dataset=dataset)) == len(plan) == len(handed)
+    handed = list(Prefetcher(plan, shard_by_shard(dataset), **remote(dataset)))
+    assert len(Prefetcher(plan, shard_by_shard(dataset), **remote(dataset))) == len(plan) == len(handed)
     assert [micro.positions.tolist() for micro in handed] == [micro.positions.tolist() for micro in plan]
 
 
@@ -88,7 +92,7 @@ def test_it_stays_within_its_bytes_until_the_loader_moves(dataset, server):
     plan = Plan(1, 1, num_steps=len(dataset))
     expected = in_order_of_use(dataset, order, plan)
     largest = max(shard.size for shard in dataset.remote_shards.values())
-    batches = iter(Prefetcher(plan, order, dataset=dataset, max_bytes=largest))
+    batches = iter(Prefetcher(plan, order, **remote(dataset), max_bytes=largest))
     next(batches)
     wait_until(lambda: len(asked(server)) == 1)
     time.sleep(0.1)
@@ -104,12 +108,12 @@ def test_it_stays_within_its_bytes_until_the_loader_moves(dataset, server):
 
 def test_it_takes_at_most_half_of_the_cache(dataset):
     dataset.cache.limit = 1000
-    assert Prefetcher(Plan(1, 4), shard_by_shard(dataset), dataset=dataset).max_bytes == 500
+    assert Prefetcher(Plan(1, 4), shard_by_shard(dataset), **remote(dataset)).max_bytes == 500
 
 
 def test_it_stays_within_its_micro_batches(dataset, server, monkeypatch):
     monkeypatch.setattr(prefetch, "MAX_MICRO_BATCHES", 2)
-    batches = iter(Prefetcher(Plan(1, 1, num_steps=len(dataset)), shard_by_shard(dataset), dataset=dataset))
+    batches = iter(Prefetcher(Plan(1, 1, num_steps=len(dataset)), shard_by_shard(dataset), **remote(dataset)))
     next(batches)
     wait_until(lambda: len(asked(server)) == 1)
     time.sleep(0.1)
@@ -119,12 +123,12 @@ def test_it_stays_within_its_micro_batches(dataset, server, monkeypatch):
 
 def test_its_thread_ends_with_the_iteration(dataset):
     before = len(threads())
-    batches = iter(Prefetcher(Plan(1, 4, num_steps=100), shard_by_shard(dataset), dataset=dataset, max_bytes=1))
+    batches = iter(Prefetcher(Plan(1, 4, num_steps=100), shard_by_shard(dataset), **remote(dataset), max_bytes=1))
     next(batches)
     assert len(threads()) == before + 1
     batches.close()
     wait_until(lambda: len(threads()) == before)
-    list(Prefetcher(Plan(1, 4, num_steps=3), shard_by_shard(dataset), dataset=dataset))
+    list(Prefetcher(Plan(1, 4, num_steps=3), shard_by_shard(dataset), **remote(dataset)))
     wait_until(lambda: len(threads()) == before)
 
 
@@ -133,7 +137,7 @@ def test_what_it_cannot_fetch_is_told_by_the_reader_alone(dataset, server, capfd
     plan = Plan(1, 4, num_steps=len(dataset) // 4)
     missing, *others = in_order_of_use(dataset, order, plan)
     server.put(missing, b"", then=status(404))
-    batches = iter(Prefetcher(plan, order, dataset=dataset))
+    batches = iter(Prefetcher(plan, order, **remote(dataset)))
     micro = next(batches)
     wait_until(lambda: len(asked(server)) == len(others) + 1)
     assert "".join(capfd.readouterr()) == ""

@@ -59,6 +59,13 @@ def test_remote_and_local_locations_are_read_alike(files):
         store.close()
 
 
+def test_only_a_regular_file_has_a_size(tmp_path):
+    with pytest.raises(DataError, match="is not a regular file"):
+        Store().size(str(tmp_path))
+    with pytest.raises(StorageError, match="cannot read"):
+        Store().size(str(tmp_path / "none"))
+
+
 def test_a_pickled_store_keeps_its_patience():
     with FaultServer() as server:
         url = server.put("/a.tar", b"words", then=status(503))

@@ -10,28 +10,43 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
 
 from mim.config import ConfigError
 from mim.contracts import DataError, StorageError
-from mim.data.cache import ShardCache
-from mim.data.order import MicroBatch, Order, Plan
-from mim.data.shards import Dataset
+from mim.data.cache import RemoteShard, ShardCache
+from mim.data.order import MicroBatch, Plan, Slots
 
 MAX_BYTES = 32 << 30  # of shards ahead of the loader; never more than half of the cache
 MAX_MICRO_BATCHES = 4096  # ahead, where shards are few
 
 
+class Locator(Protocol):
+    """An order: positions -> samples."""
+
+    def locate(self, positions: Sequence[int] | np.ndarray) -> Slots: ...
+
+
 class Prefetcher(Collection[MicroBatch]):
     """The micro-batches of a plan, with their remote shards fetched ahead while they are handed out."""
 
-    def __init__(self, plan: Plan, order: Order, *, dataset: Dataset, max_bytes: int = MAX_BYTES):
+    def __init__(
+        self,
+        plan: Plan,
+        order: Locator,
+        *,
+        shards: Mapping[int, RemoteShard],  # by the number that `order` gives them; others are local
+        cache: ShardCache,
+        max_bytes: int = MAX_BYTES,
+    ):
         self.plan = plan
         self.order = order
-        self.shards = dataset.remote_shards
-        self.folder, self.limit = dataset.cache.folder, dataset.cache.limit
-        self.patience = dataset.cache.remote.patience
-        self.max_bytes = max_bytes if self.limit is None else min(max_bytes, self.limit // 2)
+        self.shards = shards
+        self.cache = cache
+        self.max_bytes = max_bytes if cache.limit is None else min(max_bytes, cache.limit // 2)
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -57,7 +72,7 @@ class _Walk:
     def __init__(self, prefetcher: Prefetcher):
         self.prefetcher = prefetcher
         self.order = copy.deepcopy(prefetcher.order)  # its memory of permutations is not for two threads
-        self.cache = ShardCache(prefetcher.folder, limit=prefetcher.limit, patience=prefetcher.patience)
+        self.cache = copy.deepcopy(prefetcher.cache)  # neither are its descriptors and connections
         self.moved = threading.Condition()
         self.reached = -1  # the micro-batch that was handed out last
         self.stopped = False

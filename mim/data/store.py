@@ -9,6 +9,7 @@ arrives empty and opens its own descriptors and connections.
 from __future__ import annotations
 
 import os
+import stat
 from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
@@ -57,13 +58,16 @@ class Store:
         return data
 
     def size(self, location: str) -> int:
-        """Length of a file or object in bytes. Raises as `pread`."""
+        """Length of a file or object in bytes. Raises as `pread`; what is no regular file is DataError."""
         if is_remote(location):
             return self.remote.identify(location).size
         try:
-            return os.stat(location).st_size
+            found = os.stat(location)
         except OSError as error:
             raise StorageError(f"cannot read {location}: {error.strerror}") from error
+        if not stat.S_ISREG(found.st_mode):
+            raise DataError(f"{location} is not a regular file")
+        return found.st_size
 
     def recheck(self, location: str) -> bool:
         """Look again at a shard whose bytes contradict its index; say whether another read may give others."""

@@ -178,7 +178,9 @@ def loader(
     """Return the micro-batches of one rank: `num_steps * micro_batches` of them, in order."""
     plan = Plan(order.repeats, batch_size, rank, world, micro_batches, position, num_steps)
     stream = Stream(order, Renderer(dataset, view, sizes, mask, channels, order.seed))
-    indices = Prefetcher(plan, order, dataset=dataset) if dataset.remote_shards else plan
+    indices: Iterable[MicroBatch] = plan
+    if remote := dataset.remote_shards:
+        indices = Prefetcher(plan, order, shards=remote, cache=dataset.cache)
     return _in_order(stream, indices, workers, pin_memory, timeout and max(timeout, dataset.longest_read()))
 
 
