@@ -67,7 +67,7 @@ class Entry:
 class FaultServer:
     """Serves what was `put`, with ranges, If-Match and keep-alive. latency: s per request; bandwidth: bytes/s."""
 
-    def __init__(self, *, latency=0.0, bandwidth=None):
+    def __init__(self, *, latency=0.0, bandwidth=None, tls=None):
         self.latency = latency
         self.bandwidth = bandwidth
         self.entries: dict[str, Entry] = {}
@@ -85,6 +85,9 @@ class FaultServer:
         self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Bound)
         self.http.daemon_threads = True
         self.port = self.http.server_address[1]
+        self.scheme = "https" if tls else "http"
+        if tls:  # an ssl.SSLContext of a server
+            self.http.socket = tls.wrap_socket(self.http.socket, server_side=True, do_handshake_on_connect=False)
 
     def put(self, path, body, *, etag='"1"', faults=(), then=None):
         """Serve (or overwrite) an object. Returns its URL."""
@@ -93,7 +96,7 @@ class FaultServer:
         return self.url(path)
 
     def url(self, path, host="127.0.0.1"):
-        return f"http://{host}:{self.port}{path}"
+        return f"{self.scheme}://{host}:{self.port}{path}"
 
     def count(self, path):
         return len(self.requests[path])

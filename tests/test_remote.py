@@ -1,12 +1,15 @@
+import ipaddress
 import os
 import pickle
 import random
 import socket
+import ssl
 import subprocess
 import sys
 import time
 import traceback
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from fault_server import Fault, FaultServer, cut, redirect, stall, status, trickle
@@ -327,6 +330,41 @@ def test_waiting_does_not_advance_the_generators_of_the_run(server, remote):
     state = random.getstate()
     assert_recovers(server, remote, [status(503)])
     assert random.getstate() == state
+
+
+@pytest.fixture
+def certificate(tmp_path):
+    """The file of a certificate for 127.0.0.1 that nobody signed but itself, with its key."""
+    x509 = pytest.importorskip("cryptography.x509")
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "test")])
+    address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    made = x509.CertificateBuilder(name, name, key.public_key(), 1, now - timedelta(1), now + timedelta(1))
+    signed = made.add_extension(address, critical=False).sign(key, hashes.SHA256())
+    form = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    path = tmp_path / "certificate.pem"
+    pem = serialization.Encoding.PEM
+    path.write_bytes(signed.public_bytes(pem) + key.private_bytes(pem, *form))
+    return path
+
+
+def test_https_is_read_when_the_certificate_is_trusted_and_refused_when_not(certificate, monkeypatch):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    with FaultServer(tls=context) as server:
+        url = server.put("/a.tar", BODY, faults=[None, cut(50_000), stall(10)])
+        with pytest.raises(StorageError, match=r"/a\.tar: .*certificate"):
+            Remote(HASTE).pread(url, 0, 10)
+        assert server.count("/a.tar") == 0
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        remote = Remote(HASTE)
+        assert remote.pread(url, 0, 100_000) == BODY[:100_000]
+        assert remote.pread(url, 100, 200_000) == BODY[100:200_100]
+        assert server.fired["/a.tar"] == ["cut", "stall"]
+        remote.close()
 
 
 def test_an_s3_address_is_presigned_anew_and_never_shown(server, remote, monkeypatch):
