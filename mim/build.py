@@ -131,17 +131,19 @@ def open_data(sections: Sections) -> tuple[AnyDataset, shards.Dataset | None]:
     """
     data = config.typed(stream.Config, sections["data"], "data")
     cache = Path(sections.get("train", {}).get("cache_dir") or "~/.cache/mimstream").expanduser()
+    limit = sections.get("train", {}).get("cache_limit")
+    settings: Any = {"cache_dir": cache / "shards", "cache_limit": None if limit is None else int(limit * 2**30)}
     inside: AnyDataset
     if data.sources:
         folders = [_dataset_folder(source.path, data, cache, val_ratio=0.0) for source in data.sources]
-        datasets = [shards.Dataset.open(_part(folder, "train") or folder) for folder in folders]
+        datasets = [shards.Dataset.open(_part(folder, "train") or folder, **settings) for folder in folders]
         inside, held_out = Mixture(datasets, [source.weight for source in data.sources]), None
     else:
         root = _dataset_folder(str(data.path), data, cache, val_ratio=data.val_ratio)
-        inside, held_out = shards.Dataset.open(_part(root, "train") or root), _part(root, "val")
+        inside, held_out = shards.Dataset.open(_part(root, "train") or root, **settings), _part(root, "val")
     if data.val_path is not None:
         held_out = _dataset_folder(data.val_path, data, cache, val_ratio=0.0)
-    return inside, shards.Dataset.open(held_out) if held_out is not None else None
+    return inside, shards.Dataset.open(held_out, **settings) if held_out is not None else None
 
 
 def _dataset_folder(path: str, data: stream.Config, cache: Path, *, val_ratio: float) -> Path:

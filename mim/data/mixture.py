@@ -50,6 +50,12 @@ class Mixture:
         self.mean, self.std = pooled_statistics(datasets, self.shares)
         self.channels = len(self.mean)
         self._first = np.cumsum([0] + [len(dataset.counts) for dataset in datasets])  # shard of each source, and end
+        self.remote_shards = {
+            int(first) + number: shard
+            for first, dataset in zip(self._first, datasets, strict=False)
+            for number, shard in dataset.remote_shards.items()
+        }
+        self.cache = datasets[0].cache  # one for all: it is a setting of the machine
 
     def __len__(self) -> int:
         return int(self.counts.sum())
@@ -60,6 +66,10 @@ class Mixture:
         sample = self.datasets[source].read(int(shard - self._first[source]), row)
         label = sample.label if self.classes is not None else None
         return Sample(f"{self.datasets[source].path}/{sample.key}", sample.image, label)
+
+    def longest_read(self) -> float:
+        """Seconds within which any read has succeeded or failed; 0 if all shards are local."""
+        return max(dataset.longest_read() for dataset in self.datasets)
 
     def describe(self, batch_size: int, total_steps: int) -> list[str]:
         """A start line per source: its share, and what an epoch is for it."""

@@ -7,6 +7,7 @@
 A shard may lie elsewhere: its entry then has a `url` (an absolute path or an URL), and only its index is in the folder.
 A shard of which only the headers were read says so (`"proof": "headers"`): it has no sha256, its CRC32 are 0, and
 `headers_sha256` takes the place of the hash.
+Remote shards are read through the cache of this machine (`mim.data.cache`); opening a dataset asks no server.
 
 `dataset_id` hashes only the ordered (sha256, size, count) and the schema: a dataset may move, and its statistics may
 be taken again, without becoming another one. Reading is one `pread` per sample, proven by the CRC32 of each member
@@ -28,7 +29,9 @@ import numpy as np
 from mim.config import ConfigError
 from mim.contracts import DataError
 from mim.data import tar
+from mim.data.cache import RemoteShard, ShardCache
 from mim.data.decode import MAX_BYTES
+from mim.data.location import check_storable, is_remote
 from mim.data.store import Store
 
 FORMAT = 1
@@ -50,7 +53,7 @@ class Sample(NamedTuple):
 class Dataset:
     """A dataset folder opened for reading. Cheap to pickle, safe to fork: indices and files are opened on use."""
 
-    def __init__(self, path: Path, lock: dict[str, Any]):
+    def __init__(self, path: Path, lock: dict[str, Any], *, cache: ShardCache | None = None):
         self.path = path
         self.id: str = lock["dataset_id"]
         self.counts = np.array([shard["count"] for shard in lock["shards"]], dtype=np.int64)
@@ -64,26 +67,50 @@ class Dataset:
         self._proofs: list[str] = [shard.get("proof", "bytes") for shard in lock["shards"]]
         self._members = ["image", "label"] if self.classes is not None else ["image"]
         self._indices: dict[int, np.ndarray] = {}
-        self._store = Store()
+        found = [RemoteShard(location(path, shard), shard["size"], shard["sha256"]) for shard in lock["shards"]]
+        self.remote_shards = {i: shard for i, shard in enumerate(found) if is_remote(shard.url)}  # by their number
+        self.cache = cache or ShardCache()
+        self._store = Store(cache=self.cache, cached=self.remote_shards.values())
 
     @classmethod
-    def open(cls, path: str | Path) -> Dataset:
-        """Open a dataset folder; check that its shards are present in full length."""
+    def open(cls, path: str | Path, *, cache_dir: str | Path | None = None, cache_limit: int | None = None) -> Dataset:
+        """Open a dataset folder; check that its local shards are present in full length.
+
+        cache_dir, cache_limit (bytes): of remote shards, see `ShardCache`.
+        """
         path = Path(path)
         lock = read_lock(path)
         for shard in lock["shards"]:
+            if is_remote(location(path, shard)):
+                continue
             file = Path(location(path, shard))
             size = file.stat().st_size if file.is_file() else None
             if size != shard["size"]:
                 fact = "is missing" if size is None else f"has {size} bytes instead of {shard['size']}"
                 raise DataError(f"{file} {fact}; copy the dataset again")
-        return cls(path, lock)
+        return cls(path, lock, cache=ShardCache(cache_dir, limit=cache_limit))
 
     def __len__(self) -> int:
         return int(self.counts.sum())
 
+    def longest_read(self) -> float:
+        """Seconds within which any read has succeeded or failed, a wait for another process included; 0 if local."""
+        largest = max((shard.size for shard in self.remote_shards.values()), default=None)
+        return 0.0 if largest is None else 2 * self.cache.remote.patience.until(largest)
+
     def read(self, shard: int, row: int) -> Sample:
-        """Read and verify one sample. Raises DataError on any difference from the index."""
+        """Read and verify one sample. Raises DataError on any difference from the index.
+
+        A damaged copy in the cache is fetched again, once.
+        """
+        try:
+            return self._read(shard, row)
+        except DataError:
+            if not self._store.recheck(self._locations[shard]):
+                raise
+            return self._read(shard, row)
+
+    def _read(self, shard: int, row: int) -> Sample:
         start, end = self.span(shard, row)
         return self.unpack(shard, row, self._store.pread(self._locations[shard], start, end - start))
 
@@ -179,8 +206,10 @@ class Dataset:
 
 
 def location(path: Path, shard: dict[str, Any]) -> str:
-    """Where the bytes of a shard of the lock lie."""
-    return shard.get("url") or f"{path}/{shard['file']}"
+    """Where the bytes of a shard of the lock lie. A local path is written so that it cannot look like an URL."""
+    if shard.get("url"):
+        return shard["url"]
+    return f"{path}/{shard['file']}" if path.is_absolute() else f"./{path}/{shard['file']}"
 
 
 def is_dataset(path: str | Path) -> bool:
@@ -231,17 +260,26 @@ def read_lock(path: Path) -> dict[str, Any]:
         raise DataError(f"{file} was changed: its dataset_id is not that of its shards; copy or make the dataset again")
     if strange := [shard["file"] for shard in lock["shards"] if Path(shard["file"]).name != shard["file"]]:
         raise DataError(f"{file} names {strange[0]!r}, which is not a file of its own folder")
+    _check_locations(file, lock)
     return lock
 
 
 def write_lock(path: Path, lock: dict[str, Any]) -> None:
     """Write the lock under a temporary name, then rename: a dataset folder has a whole lock or none."""
+    _check_locations(path / LOCK, lock)
     temporary = path / f"{LOCK}.tmp"
     with temporary.open("w", encoding="ascii") as file:
         file.write(json.dumps(lock, indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path / LOCK)
+
+
+def _check_locations(file: Path, lock: dict[str, Any]) -> None:
+    """Refuse locations that are no shard's, and credentials: a lock is copied and shown. Raises ConfigError."""
+    for shard in lock["shards"]:
+        if shard.get("url"):
+            check_storable(shard["url"], str(file))
 
 
 def dataset_id(shards: list[dict[str, Any]], schema: dict[str, Any]) -> str:

@@ -25,6 +25,7 @@ from mim.data.augment import Sizes
 from mim.data.decode import BadImage, decode
 from mim.data.mixture import AnyDataset, AnyOrder, bad_samples
 from mim.data.order import MicroBatch, Place, Plan, Slots, key64, permutation, rng
+from mim.data.prefetch import Prefetcher
 from mim.data.quarantine import Bad
 from mim.data.signals import stay_until_told
 from mim.data.stages import Clock
@@ -268,7 +269,10 @@ def loader(
     """Return the micro-batches of one rank: `num_steps * micro_batches` of them, in order."""
     plan = Plan(order.repeats, batch_size, rank, world, micro_batches, position, num_steps)
     stream = Stream(order, Renderer(dataset, view, sizes, mask, channels, order.seed, known or {}))
-    return _in_order(stream, plan, workers, pin_memory, timeout)
+    indices: Iterable[MicroBatch] = plan
+    if remote := dataset.remote_shards:
+        indices = Prefetcher(plan, order, shards=remote, cache=dataset.cache)
+    return _in_order(stream, indices, workers, pin_memory, timeout and max(timeout, dataset.longest_read()))
 
 
 def evaluate(
@@ -299,7 +303,7 @@ def evaluate(
         samples = samples[~bad]
     chunks = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
     evaluation = Evaluation(Renderer(dataset, view, sizes, mask, channels, seed))
-    return _in_order(evaluation, chunks, workers, pin_memory, timeout)
+    return _in_order(evaluation, chunks, workers, pin_memory, timeout and max(timeout, dataset.longest_read()))
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
