@@ -18,13 +18,15 @@ import torch
 from torch import Tensor
 from torch.utils import data as torch_data
 
+from mim.config import ConfigError
 from mim.contracts import Batch, DataError
-from mim.data.augment import Sizes
-from mim.data.decode import BadImage, decode
+from mim.data.augment import Image, Sizes
+from mim.data.decode import BadImage, Encoded, open_image
+from mim.data.formats import DTYPES
 from mim.data.order import MicroBatch, Order, Plan, Slots, key64, permutation, rng
 from mim.data.shards import Dataset, Sample
 
-View = Callable[[Tensor, np.random.Generator, Sizes], list[Tensor]]
+View = Callable[[Image, np.random.Generator, Sizes], list[Tensor]]
 Mask = Callable[[np.random.Generator], "np.ndarray | Tensor"]  # -> (N,) bool
 
 EVALUATION = -1  # the epoch in the names of evaluation's draws: no epoch of training
@@ -42,7 +44,8 @@ class Config:
     labels_from_folders: bool = False  # the first folder below `path` is the class
     val_ratio: float = 0.0  # share of the images held out when `path` is a folder of images
     image_size: Union[int, list[int]] = 224  # noqa: UP007  pixels, or [h, w]; OmegaConf reads Union, not |
-    channels: int = 3  # 1 or 3; the decoder converts
+    channels: int = 3  # any number; 1 and 3 are converted into each other
+    range: list[Any] | None = None  # raw [low, high] that become 0 and 1, or one pair per channel; null: the dataset's
     view: dict[str, Any] = field(default_factory=lambda: {"name": "crop"})  # function of mim/data/augment.py
     eval_view: dict[str, Any] = field(default_factory=lambda: {"name": "center"})  # the same, for evaluation
     seed: int = 0  # of order, crops and masks; also of the held-out split
@@ -74,8 +77,9 @@ class Renderer:
         batch: Batch = {"keys": []}
         for name, (h, w) in zip(VIEWS, self.sizes):  # noqa: B905  the second size is optional
             # Rows are (H, W, C) in memory, as the decoder leaves them: transposing would cost more than copying.
-            rows = torch.empty((size, h, w, self.channels), dtype=torch.uint8)
+            rows = torch.empty((size, h, w, self.channels), dtype=getattr(torch, self.dataset.dtype))
             batch[name] = rows.permute(0, 3, 1, 2)  # (B, C, H, W)
+        batch["range"] = value_range(self.dataset, self.channels)
         batch["weight"] = (torch.arange(size) < num_real).float()
         batch["noise"] = torch.empty(size, dtype=torch.int64)
         if self.dataset.classes is not None:
@@ -92,14 +96,20 @@ class Renderer:
         """Write each row of `slots` into the batch; masks are added to it."""
         masks: list[Tensor] = []
         sample, image, loaded = None, None, None  # `repeats` draws of a sample follow each other: decode once
+        following = [*slots.sample[1:].tolist(), None]
         for row, (epoch, shard, index, number, draw) in enumerate(zip(*(a.tolist() for a in slots), strict=True)):
+            name = (self.seed, epoch, number, draw)
             if loaded != number:
                 sample = self.dataset.read(shard, index)
-                image, loaded = self._decode(sample), number
             assert sample is not None
-            assert image is not None
-            name = (self.seed, epoch, number, draw)
-            for field_, view in zip(VIEWS, self.view(image, rng("view", *name), self.sizes)):  # noqa: B905
+            try:
+                if loaded != number:
+                    image, loaded = self._open(sample, several=following[row] == number), number
+                assert image is not None
+                views = self.view(image, rng("view", *name), self.sizes)
+            except BadImage as error:
+                raise DataError(f"{sample.key}: {error}; make the shards again, which leaves it out") from error
+            for field_, view in zip(VIEWS, views):  # noqa: B905  the second size is optional
                 batch[field_][row] = view
             if self.mask is not None:
                 masks.append(torch.as_tensor(self.mask(rng("mask", *name)), dtype=torch.bool))
@@ -115,11 +125,10 @@ class Renderer:
             batch["mask"] = torch.empty((len(batch["weight"]), len(masks[0])), dtype=torch.bool)  # (B, N)
             batch["mask"][: len(masks)] = torch.stack(masks)
 
-    def _decode(self, sample: Sample) -> Tensor:
-        try:
-            return decode(sample.image, self.channels)
-        except BadImage as error:
-            raise DataError(f"{sample.key}: {error}; make the shards again, which leaves it out") from error
+    def _open(self, sample: Sample, *, several: bool) -> Image:
+        """The image of a sample, decoded whole when several draws of it follow."""
+        image = open_image(sample.image, self.channels, self.dataset.dtype)
+        return image.whole() if several and isinstance(image, Encoded) else image
 
 
 class Stream(torch_data.Dataset[Batch]):
@@ -206,13 +215,35 @@ def evaluate(
     return _in_order(evaluation, chunks, workers, pin_memory, timeout)
 
 
+def value_range(dataset: Dataset, channels: int) -> list[list[float]]:
+    """Raw values (low, high) that become 0 and 1, per channel as it is read."""
+    if channels == len(dataset.range):
+        return dataset.range
+    if any(pair != dataset.range[0] for pair in dataset.range):
+        raise ConfigError(
+            f"data.range differs by channel, but data.channels={channels} mixes them; give one [low, high]"
+        )
+    return [dataset.range[0]] * channels
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Move a batch to the device, where its images become float32 in [0, 1]."""
+    """Move a batch to the device, where its images become float32 in [0, 1] by its `range`, which is used up."""
     moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    limits: Any = moved.pop("range")
     for name in VIEWS:
         if name in moved:
-            moved[name] = moved[name].to(memory_format=torch.contiguous_format, dtype=torch.float32) / 255
+            moved[name] = _unit(moved[name], limits)
     return moved
+
+
+def _unit(raw: Tensor, limits: list[list[float]]) -> Tensor:
+    """Raw pixels (B, C, H, W) -> float32 in [0, 1]; what lies outside the limits is clamped."""
+    pixels = raw.to(memory_format=torch.contiguous_format, dtype=torch.float32)
+    white = DTYPES[str(raw.dtype).removeprefix("torch.")]
+    if not raw.is_floating_point() and all(list(pair) == [0, white] for pair in limits):
+        return pixels / white
+    low, high = torch.tensor(limits, device=raw.device).T[:, :, None, None]  # (C, 1, 1) each
+    return ((pixels - low) / (high - low)).clamp_(0, 1)
 
 
 def _in_order(

@@ -20,6 +20,7 @@ from mim import __version__
 from mim.contracts import DataError
 from mim.data.decode import BadImage, Header, decode, read_header
 from mim.data.shards import FORMAT, LABEL_MEMBER, build_index, dataset_id, write_lock
+from mim.data.statistics import Statistics
 
 
 class Item(NamedTuple):
@@ -46,19 +47,15 @@ class Written:
     sha256: str = ""
     count: int = 0
     endings: set[str] = field(default_factory=set)
-    colour: bool = False
-    levels: np.ndarray = field(default_factory=lambda: np.zeros((3, 256), dtype=np.int64))  # histogram per channel
+    pixels: Statistics = field(default_factory=Statistics)
     heights_widths: list[tuple[int, int]] = field(default_factory=list)
     labels: Counter[int] = field(default_factory=Counter)
     left_out: list[dict[str, str]] = field(default_factory=list)
 
     def add(self, header: Header, pixels: Tensor, label: int | None) -> None:
-        channels = pixels.numpy()  # (C, H, W)
-        histograms = [np.bincount(channel.ravel(), minlength=256) for channel in channels]
-        self.levels += np.stack(histograms)  # gray counts in all three
-        self.colour |= header.channels == 3
+        self.pixels.add(pixels.numpy())  # (C, H, W)
         self.endings.add(header.ending)
-        self.heights_widths.append(channels.shape[1:])
+        self.heights_widths.append((pixels.shape[1], pixels.shape[2]))
         self.count += 1
         if label is not None:
             self.labels[label] += 1
@@ -93,7 +90,7 @@ def _write_shard(task: Task) -> Written:
                 try:
                     data = (task.folder / item.path).read_bytes()
                     header = read_header(data)
-                    pixels = decode(data, header.channels)
+                    pixels = decode(data, header.channels, header.dtype)
                 except (BadImage, FileNotFoundError) as error:
                     reason = str(error) if isinstance(error, BadImage) else "the link leads nowhere"
                     written.left_out.append({"file": item.path, "reason": reason})
@@ -144,17 +141,11 @@ def finish(root: Path, written: list[Written], classes: list[str] | None, source
 
 
 def _statistics(written: list[Written], classes: list[str] | None) -> dict[str, Any]:
-    """Mean and deviation over all pixels in [0, 1], from integer histograms: exact, in any order of the shards."""
-    channels = 3 if any(w.colour for w in written) else 1
-    levels = np.sum([w.levels for w in written], axis=0)[:channels]  # (C, 256)
-    values, total = np.arange(256) / 255, levels.sum(axis=1)  # (256,), (C,)
-    mean = (levels * values).sum(axis=1) / total
-    variance = (levels * (values - mean[:, None]) ** 2).sum(axis=1) / total
+    """Statistics of the pixels, the sizes and the labels."""
     height, width = np.concatenate([w.heights_widths for w in written]).T
     labels = sum((w.labels for w in written), Counter())
     return {
-        "mean": mean.round(6).tolist(),
-        "std": np.sqrt(variance).round(6).tolist(),
+        **Statistics.summary(w.pixels for w in written),
         "height": _spread(height),
         "width": _spread(width),
         "class_counts": [labels[label] for label in range(len(classes))] if classes is not None else None,

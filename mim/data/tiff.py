@@ -1,0 +1,127 @@
+"""TIFF beyond what Pillow keeps: any number of channels, and 16 bits in each, without loss.
+
+Pillow opens 16-bit colour but drops the low bytes, and refuses other numbers of channels than 1, 3 and 4. So the pages
+that it would change are read here: uint8, uint16 or float32 in strips, chunky or planar, uncompressed or deflate, with
+or without the horizontal predictor. Other layouts are refused with a way out; the first page is taken.
+TIFF revision 6.0 (Adobe, 1992), sections 2, 8, 14; deflate: Adobe's technical note of 2002.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from mim.data.formats import BadImage, Header
+
+MAX_TAGS = 1024
+MAX_VALUES = 1 << 20  # of one tag
+MAX_CHANNELS = 1024
+SIZES = {1: "B", 3: "H", 4: "I"}  # field types that hold what is asked here: bytes, shorts, longs
+WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, STRIPS = 256, 257, 258, 259, 262, 273
+SAMPLES, ROWS, STRIP_SIZES, PLANAR, PREDICTOR, TILE_WIDTH, EXTRA, FORMAT = 277, 278, 279, 284, 317, 322, 338, 339
+WAY_OUT = "; save it uncompressed or with deflate, in strips, or as .npy"
+
+
+def is_tiff(data: bytes) -> bool:
+    """Whether bytes begin like a TIFF (not BigTIFF)."""
+    return data[:4] in (b"II*\0", b"MM\0*")
+
+
+def header(data: bytes) -> Header | None:
+    """What a page holds that Pillow would refuse or change; None when Pillow reads it as it is. Raises BadImage."""
+    tags = _tags(data)
+    samples = _one(tags, SAMPLES, 1)
+    bits = set(tags.get(BITS, (1,)))
+    kind = _one(tags, FORMAT, 1)
+    dtype = {(8, 1): "uint8", (16, 1): "uint16", (32, 3): "float32"}.get((max(bits), kind))
+    if dtype is None or len(bits) > 1 or _one(tags, PHOTOMETRIC, 1) not in (0, 1, 2):
+        return None
+    extra = len(tags.get(EXTRA, ()))
+    known = samples - extra in (1, 3) and extra <= 1 and 0 not in tags.get(EXTRA, ())  # gray or colour, perhaps alpha
+    if dtype == "uint8" and known:
+        return None
+    if dtype == "uint16" and samples == 1:
+        return None
+    if not 1 <= samples <= MAX_CHANNELS:
+        raise BadImage(f"a TIFF of {samples} channels; at most {MAX_CHANNELS} are read")
+    return Header("tif", samples, dtype, _one(tags, HEIGHT, 0), _one(tags, WIDTH, 0))
+
+
+def pixels(data: bytes, head: Header) -> np.ndarray:
+    """The pixels (H, W, C) of a page that `header` described. Raises BadImage."""
+    tags = _tags(data)
+    compression = _one(tags, COMPRESSION, 1)
+    if TILE_WIDTH in tags or compression not in (1, 8, 32946) or _one(tags, PREDICTOR, 1) not in (1, 2):
+        raise BadImage(f"a TIFF of {head.channels} x {head.dtype} in tiles or compressed as {compression}{WAY_OUT}")
+    if _one(tags, PREDICTOR, 1) == 2 and head.dtype == "float32":
+        raise BadImage(f"a TIFF of float32 with the integer predictor{WAY_OUT}")
+    planes = head.channels if _one(tags, PLANAR, 1) == 2 else 1
+    inside = head.channels // planes
+    dtype = np.dtype(head.dtype).newbyteorder("<" if data[:2] == b"II" else ">")
+    out = np.empty((planes, head.height, head.width, inside), dtype=head.dtype)
+    rows = min(max(1, _one(tags, ROWS, head.height)), head.height)
+    strips = _strips(data, tags, compression, rows * head.width * inside * dtype.itemsize)
+    for plane in range(planes):
+        for top in range(0, head.height, rows):
+            count = min(rows, head.height - top) * head.width * inside
+            strip = next(strips, b"")
+            if len(strip) < count * dtype.itemsize:
+                raise BadImage("a TIFF that is not whole: a strip is too short or missing")
+            out[plane, top : top + rows] = np.frombuffer(strip, dtype, count).reshape(-1, head.width, inside)
+    if _one(tags, PREDICTOR, 1) == 2:
+        np.cumsum(out, axis=2, dtype=out.dtype, out=out)
+    if head.dtype == "float32" and not np.isfinite(out).all():
+        raise BadImage("a TIFF with NaN or infinite values; replace them, e.g. by a value outside data.range")
+    array = out.transpose(1, 2, 0, 3).reshape(head.height, head.width, head.channels)
+    if head.channels == 1 and _one(tags, PHOTOMETRIC, 1) == 0 and head.dtype != "float32":
+        array = np.iinfo(array.dtype).max - array  # white is zero
+    return np.ascontiguousarray(array)
+
+
+def _strips(data: bytes, tags: dict[int, tuple[Any, ...]], compression: int, limit: int) -> Iterator[bytes]:
+    """The strips of a page in order, each inflated to at most `limit` bytes."""
+    for start, size in zip(tags.get(STRIPS, ()), tags.get(STRIP_SIZES, ()), strict=False):
+        raw = data[start : start + size]
+        if compression == 1:
+            yield raw
+            continue
+        inflater = zlib.decompressobj()
+        try:
+            strip = inflater.decompress(raw, limit + 1)  # the one more lets it reach its checksum
+        except zlib.error as error:
+            raise BadImage(f"a TIFF whose deflate stream is damaged: {error}") from error
+        if not inflater.eof:
+            raise BadImage("a TIFF whose deflate stream is cut, or longer than its strip")
+        yield strip
+
+
+def _tags(data: bytes) -> dict[int, tuple[Any, ...]]:
+    """The integer tags of the first page."""
+    order = "<" if data[:2] == b"II" else ">"
+    try:
+        (start,) = struct.unpack_from(order + "I", data, 4)
+        (count,) = struct.unpack_from(order + "H", data, start)
+        if count > MAX_TAGS:
+            raise BadImage(f"a TIFF page of {count} tags")
+        found = {}
+        for i in range(count):
+            place = start + 2 + 12 * i
+            tag, kind, number = struct.unpack_from(order + "HHI", data, place)
+            if kind not in SIZES or number > MAX_VALUES:
+                continue
+            layout = f"{order}{number}{SIZES[kind]}"
+            inline = struct.calcsize(layout) <= 4
+            where = place + 8 if inline else struct.unpack_from(order + "I", data, place + 8)[0]
+            found[tag] = struct.unpack_from(layout, data, where)
+    except struct.error as error:
+        raise BadImage("a TIFF that is not whole: its list of tags ends too soon") from error
+    return found
+
+
+def _one(tags: dict[int, tuple[Any, ...]], tag: int, default: int) -> int:
+    values = tags.get(tag, ())
+    return int(values[0]) if values else default
