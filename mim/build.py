@@ -104,7 +104,11 @@ def _build(sections: Sections, dataset: shards.Dataset | None, load_tokenizer: b
 
 
 def _check_views(data: stream.Config, dataset: shards.Dataset | None) -> None:
-    """Refuse photometric views of images that they cannot take."""
+    """Refuse photometric changes of images that cannot have them."""
+    if not 0 <= data.jitter <= 1:
+        raise ConfigError(f"data.jitter={data.jitter} must be from 0 to 1")
+    if data.jitter and data.channels != 3:
+        raise ConfigError(f"data.jitter={data.jitter} changes colours, but data.channels={data.channels}; use jitter=0")
     dtype = dataset.dtype if dataset is not None else "uint8"
     for key, view in (("view", data.view), ("eval_view", data.eval_view)):
         if view["name"].startswith("gray_") and (data.channels not in (1, 3) or dtype != "uint8"):

@@ -9,7 +9,8 @@ A `Batch` is a dict:
     tokenizer_images   (B, C, H', W') the same crop and flip at the tokenizer's size
     mask               (B, N) bool, True = masked, row-major over the grid; the same count in every row
     num_masked         int, that count, known without asking the device
-    range              [[low, high]] per channel: raw values that become 0 and 1; until the batch is on the device
+    range              [[low, high]] per channel: raw values that become 0 and 1; used up on the device
+    jitter             float, strength of the colour jitter that the device does; absent when there is none
     weight             (B,) float, 0 on rows that only pad a micro-batch
     noise              (B,) int64, a seed per sample for draws on the device
     codes              (B, N) int64, written by the frozen tokenizer

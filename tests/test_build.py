@@ -184,3 +184,14 @@ def test_the_range_of_the_recipe_goes_before_the_dataset_s_and_moves_its_statist
     assert train.mean == pytest.approx([value / 2 for value in plain.mean])
     assert train.std == pytest.approx([value / 2 for value in plain.std])
     assert train.gray["std"] == pytest.approx(plain.gray["std"] / 2)
+
+
+@pytest.mark.parametrize(
+    ("channels", "strength", "message"),
+    [(1, 0.4, "changes colours, but data.channels=1; use jitter=0"), (3, 1.5, "must be from 0 to 1")],
+)
+def test_jitter_is_for_colour_and_at_most_one(recipe, channels, strength, message):
+    sections = recipe()
+    sections["data"] |= {"channels": channels, "jitter": strength}
+    sections["objective"]["channels"] = channels
+    assert refusal(sections) == f"data.jitter={strength} {message}"

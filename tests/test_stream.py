@@ -15,6 +15,7 @@ from mim.contracts import DataError
 from mim.data import stream
 from mim.data.augment import center, crop
 from mim.data.decode import BadImage, open_image
+from mim.data.jitter import jitter
 from mim.data.make import make
 from mim.data.order import Order
 from mim.data.shards import Dataset
@@ -285,3 +286,16 @@ def test_a_file_that_only_its_pixels_give_away_is_named(dataset, monkeypatch):
 
     with pytest.raises(DataError, match=r"shard-0000\d\.tar/.*: broken"):
         batches(dataset, view=refuse)
+
+
+def test_jitter_reaches_training_batches_and_both_of_their_views_on_the_device(dataset):
+    (plain,) = batches(dataset, num_steps=1)
+    (batch,) = batches(dataset, num_steps=1, jitter=0.4)
+    assert torch.equal(batch["images"], plain["images"])  # the loader leaves colours alone
+    moved, still = to_device(batch, torch.device("cpu")), to_device(plain, torch.device("cpu"))
+    assert "jitter" not in moved
+    expected = jitter([still["images"], still["tokenizer_images"]], plain["noise"], 0.4)
+    assert torch.equal(moved["images"], expected[0])
+    assert torch.equal(moved["tokenizer_images"], expected[1])
+    assert not torch.equal(moved["images"], still["images"])
+    assert "jitter" not in next(iter(evaluate(dataset, view=center, sizes=SIZES, batch_size=4)))

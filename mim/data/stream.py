@@ -23,6 +23,7 @@ from mim.contracts import Batch, DataError
 from mim.data.augment import Image, Sizes
 from mim.data.decode import BadImage, Encoded, open_image
 from mim.data.formats import DTYPES
+from mim.data.jitter import jitter as jittered
 from mim.data.order import MicroBatch, Order, Plan, Slots, key64, permutation, rng
 from mim.data.shards import Dataset, Sample
 
@@ -46,6 +47,7 @@ class Config:
     image_size: Union[int, list[int]] = 224  # noqa: UP007  pixels, or [h, w]; OmegaConf reads Union, not |
     channels: int = 3  # any number; 1 and 3 are converted into each other
     range: list[Any] | None = None  # raw [low, high] that become 0 and 1, or one pair per channel; null: the dataset's
+    jitter: float = 0.0  # of brightness, contrast and saturation in training, on the device (BEiT: 0.4)
     view: dict[str, Any] = field(default_factory=lambda: {"name": "crop"})  # function of mim/data/augment.py
     eval_view: dict[str, Any] = field(default_factory=lambda: {"name": "center"})  # the same, for evaluation
     seed: int = 0  # of order, crops and masks; also of the held-out split
@@ -64,6 +66,7 @@ class Renderer:
     mask: Mask | None
     channels: int
     seed: int
+    jitter: float = 0.0  # strength; 0 leaves colours alone
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.sizes) <= len(VIEWS):
@@ -80,6 +83,8 @@ class Renderer:
             rows = torch.empty((size, h, w, self.channels), dtype=getattr(torch, self.dataset.dtype))
             batch[name] = rows.permute(0, 3, 1, 2)  # (B, C, H, W)
         batch["range"] = value_range(self.dataset, self.channels)
+        if self.jitter:
+            batch["jitter"] = self.jitter
         batch["weight"] = (torch.arange(size) < num_real).float()
         batch["noise"] = torch.empty(size, dtype=torch.int64)
         if self.dataset.classes is not None:
@@ -173,6 +178,7 @@ def loader(
     sizes: Sizes,
     mask: Mask | None = None,
     channels: int = 3,
+    jitter: float = 0.0,
     batch_size: int,  # global
     rank: int = 0,
     world: int = 1,
@@ -185,7 +191,7 @@ def loader(
 ) -> torch_data.DataLoader[Batch]:
     """Return the micro-batches of one rank: `num_steps * micro_batches` of them, in order."""
     plan = Plan(order.repeats, batch_size, rank, world, micro_batches, position, num_steps)
-    stream = Stream(order, Renderer(dataset, view, sizes, mask, channels, order.seed))
+    stream = Stream(order, Renderer(dataset, view, sizes, mask, channels, order.seed, jitter))
     return _in_order(stream, plan, workers, pin_memory, timeout)
 
 
@@ -227,12 +233,17 @@ def value_range(dataset: Dataset, channels: int) -> list[list[float]]:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Move a batch to the device, where its images become float32 in [0, 1] by its `range`, which is used up."""
-    moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    limits: Any = moved.pop("range")
-    for name in VIEWS:
-        if name in moved:
-            moved[name] = _unit(moved[name], limits)
+    """Move a batch to the device, where its images become float32 in [0, 1].
+
+    `range` maps them and `jitter` changes their colours; both are used up.
+    """
+    moved: Batch = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    limits, strength = moved.pop("range"), moved.pop("jitter", 0.0)
+    names = [name for name in VIEWS if name in moved]
+    views = [_unit(moved[name], limits) for name in names]
+    if strength:
+        views = jittered(views, moved["noise"], strength)
+    moved.update(zip(names, views, strict=True))
     return moved
 
 
