@@ -80,6 +80,12 @@ def test_gray_views_refuse_what_has_no_gray_levels(view):
             view(image, name(0), [(8, 8)])
 
 
+@pytest.mark.parametrize("view", [crop, center])
+def test_views_keep_the_memory_layout_of_the_decoder(view):
+    for found in view(IMAGE, name(0), [(32, 48), (16, 24)]):
+        assert found.permute(1, 2, 0).is_contiguous() or found.flip(2).permute(1, 2, 0).is_contiguous()
+
+
 @pytest.mark.parametrize("view", VIEWS)
 def test_both_sizes_show_the_same_box_and_flip(view):
     for sample in range(20):

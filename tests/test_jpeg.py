@@ -53,8 +53,23 @@ def test_the_rows_of_a_box_are_bit_for_bit_those_of_full_decoding(options, mode)
     data = encoded(NOISE.convert(mode), **options)
     whole, found = pillow(data), jpeg.parse(data)
     assert found[:3] == whole.shape
+    assert (jpeg.pixels(data, found) == whole).all()
     for top, bottom in [(0, 90), (0, 1), (0, 8), (15, 16), (16, 17), (7, 47), (31, 33), (60, 90), (89, 90)]:
-        assert (jpeg.pixels(data, found, top, bottom) == whole[top:bottom]).all()
+        for left, right in [(0, 70), (3, 4), (20, 61)]:
+            rows = jpeg.pixels(data, found, (top, left, bottom - top, right - left))
+            assert (rows == whole[top:bottom, left:right]).all()
+
+
+@pytest.mark.usefixtures("library")
+def test_what_was_decoded_stays_when_the_next_image_is_decoded():
+    first, second = encoded(), encoded(NOISE.transpose(Image.Transpose.FLIP_TOP_BOTTOM))
+    kept = jpeg.pixels(first, jpeg.parse(first), (10, 10, 40, 40))
+    whole = jpeg.pixels(first, jpeg.parse(first))
+    before = kept.copy(), whole.copy()
+    jpeg.pixels(second, jpeg.parse(second), (10, 10, 40, 40))
+    jpeg.pixels(second, jpeg.parse(second))
+    assert (kept == before[0]).all()
+    assert (whole == before[1]).all()
 
 
 @pytest.mark.usefixtures("library")
@@ -62,10 +77,14 @@ def test_only_the_rows_down_to_the_box_are_decoded(monkeypatch):
     data = encoded(subsampling="4:2:0")
     seen = []
     inner = jpeg._decode
-    monkeypatch.setattr(
-        jpeg, "_decode", lambda *arguments: seen.append(inner(*arguments).shape[0]) or inner(*arguments)
-    )
-    jpeg.pixels(data, jpeg.parse(data), 0, 10)
+
+    def decode(data, shape, *, reuse):
+        pixels = inner(data, shape, reuse=reuse)
+        seen.append(pixels.shape[0])
+        return pixels
+
+    monkeypatch.setattr(jpeg, "_decode", decode)
+    jpeg.pixels(data, jpeg.parse(data), (0, 0, 10, 70))
     assert seen == [32]  # a row of 16 and the one after it, of 90
 
 
@@ -142,12 +161,12 @@ def test_every_environment_accepts_the_same_broken_files_with_the_same_pixels(mo
 
 def test_a_file_that_the_decoder_refuses_gets_the_verdict_of_pillow(monkeypatch):
     data = encoded()
-    monkeypatch.setattr(jpeg, "_decode", lambda *_: (_ for _ in ()).throw(ValueError("no")))
+    monkeypatch.setattr(jpeg, "_decode", lambda *_, **__: (_ for _ in ()).throw(ValueError("no")))
     assert (decode(data).permute(1, 2, 0).numpy() == pillow(data)).all()
     assert (open_image(data).cut(2, 3, 4, 5).permute(1, 2, 0).numpy() == pillow(data)[2:6, 3:8]).all()
 
 
 def test_running_out_of_memory_is_not_the_image_s_fault(monkeypatch):
-    monkeypatch.setattr(jpeg, "_decode", lambda *_: (_ for _ in ()).throw(MemoryError()))
+    monkeypatch.setattr(jpeg, "_decode", lambda *_, **__: (_ for _ in ()).throw(MemoryError()))
     with pytest.raises(MemoryError):
         decoding.decode(encoded())

@@ -124,7 +124,10 @@ def _resize(cut: Tensor, size: tuple[int, int]) -> Tensor:
     if cut.shape[1:] == tuple(size):
         return cut
     if cut.dtype == torch.uint8:
-        batch = cut[None].contiguous(memory_format=torch.channels_last)  # the layout of the fast uint8 kernel
+        # (1, C, H, W) over (H, W, C) memory, for which the kernel is fastest and which it keeps. The batch is added to
+        # (H, W, C): added to (C, H, W) it gets a stride that torch does not take for this layout, and the result is
+        # transposed, which costs as much as the resize.
+        batch = cut.permute(1, 2, 0)[None].contiguous().permute(0, 3, 1, 2)
         return F.interpolate(batch, size=size, mode="bicubic", antialias=True)[0]  # (C, h, w)
     resized = F.interpolate(cut[None].float(), size=size, mode="bicubic", antialias=True)[0]  # (C, h, w)
     return resized.round_().clamp_(0, 65535).to(torch.uint16) if cut.dtype == torch.uint16 else resized

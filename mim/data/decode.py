@@ -64,7 +64,7 @@ def decode(data: bytes, channels: int = 3, dtype: str = "uint8") -> Tensor:
     pixels = None
     if found is not None:
         _check_size(found.height, found.width, found.channels)
-        pixels = jpeg.pixels(data, found, 0, found.height)
+        pixels = jpeg.pixels(data, found)
     if found is None or pixels is None:
         header = _own_header(data)
         pixels = _with_pillow(data) if header is None else _own_pixels(data, header)
@@ -97,10 +97,10 @@ class Encoded:
 
     def cut(self, top: int, left: int, h: int, w: int) -> Tensor:
         """Pixels (C, h, w) of a box, equal to those of full decoding. Raises BadImage."""
-        pixels = jpeg.pixels(self.data, self.structure, top, top + h)
+        pixels = jpeg.pixels(self.data, self.structure, (top, left, h, w))
         if pixels is None:
             return decode(self.data, self.channels)[:, top : top + h, left : left + w]
-        return _tensor(pixels[:, left : left + w], self.channels, "uint8")
+        return _tensor(pixels, self.channels, "uint8")
 
     def whole(self) -> Tensor:
         """All pixels (C, H, W): cheaper than two boxes. Raises BadImage."""

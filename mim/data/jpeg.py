@@ -15,7 +15,9 @@ ITU-T T.81, annex B. simplejpeg decodes where it is installed; it and Pillow bot
 from __future__ import annotations
 
 import io
+import math
 import struct
+import threading
 from typing import NamedTuple
 
 import numpy as np
@@ -31,7 +33,10 @@ SEQUENTIAL = (0xC0, 0xC1)
 OTHER_FRAMES = (*range(0xC2, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0), 0xDC, 0xDE, 0xDF)
 SOS, APP1, APP2, APP14 = 0xDA, 0xE1, 0xE2, 0xEE
 ORIENTATION = 0x0112  # EXIF tag
+MAX_KEPT = 64 << 20  # bytes of decoded pixels whose memory a thread keeps
 XMP = b"http://ns.adobe.com/xap/1.0/"
+
+_scratch = threading.local()
 
 
 class Jpeg(NamedTuple):
@@ -84,30 +89,47 @@ def parse(data: bytes) -> Jpeg | None:
     return frame._replace(orientation=orientation)
 
 
-def pixels(data: bytes, jpeg: Jpeg, top: int, bottom: int) -> np.ndarray | None:
-    """The stored rows from `top` to `bottom` (rows, W, C), before EXIF turns them; None when Pillow must judge."""
+def pixels(data: bytes, jpeg: Jpeg, box: tuple[int, int, int, int] | None = None) -> np.ndarray | None:
+    """The stored pixels (h, w, C) of a box (top, left, h, w), or all, before EXIF turns them.
+
+    None when Pillow must judge.
+    """
+    top, left, h, w = box or (0, 0, jpeg.height, jpeg.width)
+    bottom = top + h
     rows = min(jpeg.height, (-(-bottom // jpeg.mcu_height) + 1) * jpeg.mcu_height)
     if rows < jpeg.height:
         patched = bytearray(data)
         patched[jpeg.height_at : jpeg.height_at + 2] = struct.pack(">H", rows)
         data = bytes(patched)
     try:
-        found = _decode(data, jpeg.channels)
+        found = _decode(data, (rows, jpeg.width, jpeg.channels), reuse=box is not None)
     except MemoryError:  # says something about the machine, not about the image
         raise
     except Exception:  # of any decoder: Pillow's verdict on the untouched file counts
         return None
     if found.shape != (rows, jpeg.width, jpeg.channels):
         return None
-    return found[top:bottom]
+    return found if box is None else np.array(found[top:bottom, left : left + w])
 
 
-def _decode(data: bytes, channels: int) -> np.ndarray:
+def _decode(data: bytes, shape: tuple[int, int, int], *, reuse: bool) -> np.ndarray:
+    """All pixels; with `reuse` in memory that the next call of this thread overwrites."""
     if simplejpeg is not None:
         # not strict: what libjpeg repairs with a warning is accepted, as by Pillow
-        return simplejpeg.decode_jpeg(data, "GRAY" if channels == 1 else "RGB", strict=False)
+        colours = "GRAY" if shape[2] == 1 else "RGB"
+        return simplejpeg.decode_jpeg(data, colours, buffer=_buffer(math.prod(shape)) if reuse else None, strict=False)
     with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
         return np.array(image).reshape(image.height, image.width, -1)
+
+
+def _buffer(size: int) -> bytearray | None:
+    """Memory that is touched already: fresh pages cost a tenth of decoding into them."""
+    if size > MAX_KEPT:
+        return None
+    kept = getattr(_scratch, "kept", None)
+    if kept is None or len(kept) < size:
+        kept = _scratch.kept = bytearray(size)
+    return kept
 
 
 def _frame(body: bytes, start: int) -> Jpeg | None:
