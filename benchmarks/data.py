@@ -1,7 +1,8 @@
 """Speed of the data path against what it replaces, in interleaved rounds: decode, crop, BEiT's views, reading, loader.
 
-One process pinned to one core, except for `loader` with its workers. In each round every variant of a stage runs once
-over the same images; a ratio is the median over rounds of the ratio to the first variant of that round.
+One process pinned to one core, timed by its CPU time, except for `loader`, whose workers are timed by the clock.
+In each round every variant of a stage runs once over the same images; a ratio is the median over rounds of the ratio to
+the first variant of that round.
 
 python benchmarks/data.py FOLDER_OF_JPEGS --out data.json
 python benchmarks/data.py FOLDER_OF_JPEGS --stages decode reading --rounds 9
@@ -268,9 +269,9 @@ def measure(variants, rounds, *, rates):
     found = {name: [] for name in variants}
     for _ in range(rounds):
         for name, run in variants.items():
-            start = time.perf_counter()
+            start = time.process_time()
             result = run()
-            found[name].append(result if rates else result / (time.perf_counter() - start))
+            found[name].append(result if rates else result / (time.process_time() - start))
     first = next(iter(found.values()))
     return {
         name: {

@@ -54,10 +54,19 @@ def test_the_rows_of_a_box_are_bit_for_bit_those_of_full_decoding(options, mode)
     whole, found = pillow(data), jpeg.parse(data)
     assert found[:3] == whole.shape
     assert (jpeg.pixels(data, found) == whole).all()
-    for top, bottom in [(0, 90), (0, 1), (0, 8), (15, 16), (16, 17), (7, 47), (31, 33), (60, 90), (89, 90)]:
-        for left, right in [(0, 70), (3, 4), (20, 61)]:
-            rows = jpeg.pixels(data, found, (top, left, bottom - top, right - left))
-            assert (rows == whole[top:bottom, left:right]).all()
+    for bottom in range(1, 91):
+        top, left, right = max(0, bottom - 1 - bottom % 40), bottom % 30, 40 + bottom % 31
+        rows = jpeg.pixels(data, found, (top, left, bottom - top, right - left))
+        assert (rows == whole[top:bottom, left:right]).all()
+
+
+@pytest.mark.parametrize("subsampling", ["440", "411"])
+def test_rare_subsamplings_are_exact_too(subsampling):
+    simplejpeg = pytest.importorskip("simplejpeg")
+    data = simplejpeg.encode_jpeg(np.ascontiguousarray(NOISE), 85, colorsubsampling=subsampling)
+    whole, found = pillow(data), jpeg.parse(data)
+    for bottom in range(1, 91):
+        assert (jpeg.pixels(data, found, (0, 0, bottom, 70)) == whole[:bottom]).all()
 
 
 @pytest.mark.usefixtures("library")
@@ -85,7 +94,8 @@ def test_only_the_rows_down_to_the_box_are_decoded(monkeypatch):
 
     monkeypatch.setattr(jpeg, "_decode", decode)
     jpeg.pixels(data, jpeg.parse(data), (0, 0, 10, 70))
-    assert seen == [32]  # a row of 16 and the one after it, of 90
+    jpeg.pixels(data, jpeg.parse(data), (0, 0, 15, 70))
+    assert seen == [16, 32]  # of 90: blocks are 16 rows, and the colour of row 14 looks below
 
 
 def test_what_is_unusual_is_left_to_pillow():

@@ -1,8 +1,8 @@
 """JPEG by its own structure: a header in microseconds, and only the rows of a box decoded.
 
 Entropy decoding is four fifths of the time of a JPEG and cannot be skipped above a box, but everything below it can:
-the height in the frame header is lowered to the end of the box (and one row of blocks more, which the upsampling of
-colour looks at), so any decoder stops there. The pixels are bit for bit those of full decoding.
+the height in the frame header is lowered to the end of the box (and the rows that the upsampling of colour looks at),
+so any decoder stops there. The pixels are bit for bit those of full decoding.
 
 This is done for files whose structure `parse` understands completely: one frame, baseline or extended sequential
 Huffman, 8 bits, one scan of all components, ended by the marker of the end, with nothing but restart markers inside.
@@ -33,6 +33,7 @@ SEQUENTIAL = (0xC0, 0xC1)
 OTHER_FRAMES = (*range(0xC2, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0), 0xDC, 0xDE, 0xDF)
 SOS, APP1, APP2, APP14 = 0xDA, 0xE1, 0xE2, 0xEE
 ORIENTATION = 0x0112  # EXIF tag
+CONTEXT = 2  # rows below a pixel that it depends on: half-height colour is interpolated with the row below
 MAX_KEPT = 64 << 20  # bytes of decoded pixels whose memory a thread keeps
 XMP = b"http://ns.adobe.com/xap/1.0/"
 
@@ -96,7 +97,7 @@ def pixels(data: bytes, jpeg: Jpeg, box: tuple[int, int, int, int] | None = None
     """
     top, left, h, w = box or (0, 0, jpeg.height, jpeg.width)
     bottom = top + h
-    rows = min(jpeg.height, (-(-bottom // jpeg.mcu_height) + 1) * jpeg.mcu_height)
+    rows = min(jpeg.height, -(-(bottom + CONTEXT) // jpeg.mcu_height) * jpeg.mcu_height)
     if rows < jpeg.height:
         patched = bytearray(data)
         patched[jpeg.height_at : jpeg.height_at + 2] = struct.pack(">H", rows)

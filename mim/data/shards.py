@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ import numpy as np
 from mim.config import ConfigError
 from mim.contracts import DataError
 from mim.data import tar
+from mim.data.checksum import crc32
 from mim.data.decode import ENDINGS
 from mim.data.formats import DTYPES
 from mim.data.store import Store
@@ -112,7 +112,7 @@ class Dataset:
         content = {}
         for name, (offset, size, crc) in members.items():
             content[name] = data[offset - start : offset - start + size]
-            if zlib.crc32(content[name]) != crc:
+            if crc32(content[name]) != crc:
                 raise DataError(
                     f"{where}: CRC32 of the {name} differs from the index; the shard is damaged, copy it again"
                 )
