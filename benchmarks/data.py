@@ -33,7 +33,6 @@ from torchvision.transforms import functional as tv
 
 from mim.data import augment, jpeg, stream
 from mim.data.decode import decode, open_image
-from mim.data.jitter import jitter
 from mim.data.make import make
 from mim.data.order import Order, rng
 from mim.data.shards import Dataset
@@ -125,7 +124,8 @@ def normalized(batch):
 def jittered(large, small):
     """What the device does with jitter, on this core."""
     noise = torch.arange(BATCH, dtype=torch.int64)
-    return jitter([large.float() / 255, small.float() / 255], noise, 0.4)
+    batch = {"images": large, "tokenizer_images": small, "noise": noise, "range": [[0, 255]] * 3, "jitter": 0.4}
+    return stream.to_device(batch, CPU)
 
 
 def beit_view(image, generator, sizes):

@@ -6,7 +6,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 from mim.data import decode as decoding
 from mim.data.decode import BadImage, Encoded, decode, open_image, read_header
@@ -107,6 +107,29 @@ def test_cmyk_becomes_rgb():
     red, green, blue = decode(data)[:, 4, 4].tolist()
     assert red > 240
     assert max(green, blue) < 15
+
+
+def test_a_colour_profile_is_not_applied():
+    inks = Image.new("CMYK", (8, 8), (30, 200, 90, 10))
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert torch.equal(decode(encoded(inks, "JPEG")), decode(encoded(inks, "JPEG", icc_profile=profile)))
+
+
+def test_one_bit_and_palettes_are_expanded():
+    bits = RNG.random((9, 8)) < 0.5
+    data = encoded(Image.fromarray(bits))
+    assert read_header(data) == ("png", 1, "uint8", 9, 8)
+    assert (decode(data, 1)[0].numpy() == bits * 255).all()
+    palette = Image.fromarray(RGB).quantize(16)
+    found = decode(encoded(palette))
+    assert (found.permute(1, 2, 0).numpy() == np.asarray(palette.convert("RGB"))).all()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 20000), (20000, 1)])
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_extreme_shapes_are_decoded(size, format):
+    data = encoded(Image.new("RGB", size, (200, 200, 200)), format)
+    assert decode(data).shape == open_image(data).shape == (3, *size[::-1])
 
 
 def test_the_first_frame_of_an_animation_is_taken():
@@ -278,6 +301,16 @@ def test_formats_outside_the_list_are_refused_without_a_process(data, monkeypatc
         with pytest.raises(BadImage, match="not a JPEG, PNG, WebP, BMP, TIFF"):
             read(data)
     assert not started
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_small_png_of_144_million_pixels_is_refused_by_its_header():
+    data = png16(DEEP[..., :3], 2)
+    claim = struct.pack(">II", 12000, 12000)
+    data = data[:16] + claim + data[24:29] + struct.pack(">I", zlib.crc32(b"IHDR" + claim + data[24:29])) + data[33:]
+    for read in (read_header, decode, open_image):
+        with pytest.raises(BadImage, match="12000 x 12000 pixels"):
+            read(data)
 
 
 def test_a_jpeg_that_claims_65500_squared_is_refused_by_its_header():

@@ -1,12 +1,19 @@
 import torch
 from torchvision.transforms.v2 import functional as tv
 
-from mim.data.jitter import SALT, jitter
+from mim.data.jitter import SALT, jitter_
 from tokenizer.quantize import uniform_noise
 
 torch.manual_seed(0)
 NOISE = torch.randint(2**62, (64,))
 IMAGES = 0.35 + 0.3 * torch.rand(64, 3, 12, 16)  # far from 0 and 1: nothing is clamped on the way
+
+
+def jitter(views, noise, strength):
+    """The changed views."""
+    changed = [view.clone() for view in views]
+    jitter_(changed, noise, strength)
+    return changed
 
 
 def factors(noise, strength):
@@ -52,13 +59,10 @@ def test_both_views_get_the_same_change():
     assert (large_changed[:, :, ::2, ::2] - small_changed).abs().max() < 1e-6
 
 
-def test_pixels_stay_in_the_unit_interval_and_the_input_is_left_alone():
-    images = torch.rand(8, 3, 5, 5)
-    kept = images.clone()
-    (found,) = jitter([images], NOISE[:8], 1.0)
+def test_pixels_stay_in_the_unit_interval():
+    (found,) = jitter([torch.rand(8, 3, 5, 5)], NOISE[:8], 1.0)
     assert found.min() >= 0
     assert found.max() <= 1
-    assert torch.equal(images, kept)
 
 
 def test_no_strength_is_no_change():

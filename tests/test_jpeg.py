@@ -108,6 +108,10 @@ def test_what_is_unusual_is_left_to_pillow():
     assert jpeg.parse(plain + b"trailing") is None
     assert jpeg.parse(plain + plain) is None
     assert jpeg.parse(plain[: at + 40] + b"\xff\xc4" + plain[at + 40 :]) is None  # a table inside the scan
+    assert jpeg.parse(plain.replace(bytes((0, 63, 0)), bytes((0, 64, 0)), 1)) is None
+    tall = bytearray(plain)
+    tall[jpeg.parse(plain).height_at : jpeg.parse(plain).height_at + 2] = b"\xff\xfe"
+    assert jpeg.parse(bytes(tall)) is None
     for length in range(0, at, 7):
         assert jpeg.parse(plain[:length]) is None
         assert jpeg.parse(plain[:length] + b"\xff\xd9") is None

@@ -12,10 +12,10 @@ from PIL import Image
 
 from mim.config import ConfigError
 from mim.contracts import DataError
-from mim.data import stream
+from mim.data import jpeg, stream
 from mim.data.augment import center, crop
 from mim.data.decode import BadImage, open_image
-from mim.data.jitter import jitter
+from mim.data.jitter import jitter_
 from mim.data.make import make
 from mim.data.order import Order
 from mim.data.shards import Dataset
@@ -294,8 +294,30 @@ def test_jitter_reaches_training_batches_and_both_of_their_views_on_the_device(d
     assert torch.equal(batch["images"], plain["images"])  # the loader leaves colours alone
     moved, still = to_device(batch, torch.device("cpu")), to_device(plain, torch.device("cpu"))
     assert "jitter" not in moved
-    expected = jitter([still["images"], still["tokenizer_images"]], plain["noise"], 0.4)
+    expected = [still["images"].clone(), still["tokenizer_images"].clone()]
+    jitter_(expected, plain["noise"], 0.4)
     assert torch.equal(moved["images"], expected[0])
     assert torch.equal(moved["tokenizer_images"], expected[1])
     assert not torch.equal(moved["images"], still["images"])
     assert "jitter" not in next(iter(evaluate(dataset, view=center, sizes=SIZES, batch_size=4)))
+
+
+@pytest.mark.parametrize("repeats", [1, 4])
+def test_neither_the_decoder_nor_the_cut_changes_a_batch(tmp_path, monkeypatch, repeats):
+    rng = np.random.default_rng(0)
+    (tmp_path / "in").mkdir()
+    for i in range(6):
+        coarse = Image.fromarray(rng.integers(0, 256, (9, 11, 3), dtype=np.uint8))
+        coarse.resize((110 + i, 90)).save(tmp_path / f"in/{i}.jpg", quality=80 + i)
+    make(tmp_path / "in", tmp_path / "out", workers=1)
+    jpegs = Dataset.open(tmp_path / "out")
+
+    def pixels():
+        found = batches(jpegs, order_of(jpegs, repeats=repeats), num_steps=4)
+        return [(batch["images"].numpy().tobytes(), batch["tokenizer_images"].numpy().tobytes()) for batch in found]
+
+    expected = pixels()
+    monkeypatch.setattr(jpeg, "simplejpeg", None)
+    assert pixels() == expected
+    monkeypatch.setattr(jpeg, "parse", lambda data: None)
+    assert pixels() == expected

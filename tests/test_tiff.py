@@ -76,6 +76,27 @@ def test_any_number_of_channels_is_read_without_loss(order, planar, compression,
     assert (found == pixels).all()
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_sixteen_bit_alpha_is_composited_on_white(channels):
+    pixels = RNG.integers(0, 65536, (6, 5, channels + 1)).astype(np.uint16)
+    share = pixels[..., -1:] / 65535
+    photometric = 2 if channels == 3 else 1
+    plain = written(pixels, photometric=photometric, extra=2)
+    assert read_header(plain)[:3] == ("tif", channels, "uint16")
+    expected = pixels[..., :-1] * share + 65535 * (1 - share)
+    assert np.abs(decode(plain, channels, "uint16").permute(1, 2, 0).numpy() - expected).max() <= 0.5 + 1e-6
+    multiplied = (pixels * np.append(np.repeat(share, channels, 2), np.ones_like(share), 2)).round().astype(np.uint16)
+    found = decode(written(multiplied, photometric=photometric, extra=1), channels, "uint16")
+    assert np.abs(found.permute(1, 2, 0).numpy() - expected).max() <= 1
+
+
+def test_a_fourth_sample_that_is_not_called_alpha_is_a_channel():
+    pixels = RNG.integers(0, 256, (6, 5, 4)).astype(np.uint8)
+    data = written(pixels, photometric=2, extra=0)
+    assert read_header(data)[1] == 4
+    assert (decode(data, 4).permute(1, 2, 0).numpy() == pixels).all()
+
+
 def test_float_pages_of_one_channel_are_read():
     pixels = RNG.random((6, 5), dtype=np.float32)
     buffer = io.BytesIO()

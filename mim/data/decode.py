@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from mim.data import jpeg, npy, tiff
-from mim.data.formats import BadImage, Header
+from mim.data.formats import BadImage, Header, on_white
 
 __all__ = ["BadImage", "Encoded", "Header", "decode", "open_image", "read_header"]
 
@@ -218,8 +218,7 @@ def _deep_png(data: bytes) -> np.ndarray:
         high, low = planes
     pixels = high << 8 | low  # (H, W, 2 to 4)
     if data[25] != 2:
-        alpha = pixels[..., -1:].astype(np.uint64)
-        pixels = ((pixels[..., :-1] * alpha + 65535 * (65535 - alpha) + 32767) // 65535).astype(np.uint16)
+        pixels = on_white(pixels[..., :-1], pixels[..., -1:])
     elif isinstance(transparent, tuple):
         pixels[(pixels == transparent).all(axis=2)] = 65535
     return pixels

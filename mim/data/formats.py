@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+
 from mim.contracts import DataError
 
 DTYPES = {"uint8": 255, "uint16": 65535, "float32": 1}  # what pixels may be -> the raw value that stands for 1
@@ -21,3 +23,9 @@ class Header(NamedTuple):
     dtype: str  # of DTYPES
     height: int
     width: int
+
+
+def on_white(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """Composite 16-bit pixels (H, W, C) on white by their alpha (H, W, 1), rounded to the nearest level."""
+    share = alpha.astype(np.uint64)
+    return ((colour * share + 65535 * (65535 - share) + 32767) // 65535).astype(np.uint16)

@@ -18,21 +18,28 @@ from tokenizer.quantize import uniform_noise
 SALT = 0x6A69747465720001  # "jitter": other uses of the same noise draw other numbers
 
 
-def jitter(views: list[Tensor], noise: Tensor, strength: float) -> list[Tensor]:
-    """Change the colours of views (B, 3, h, w) in [0, 1]; factors are uniform in 1 - strength to 1 + strength.
+def jitter_(views: list[Tensor], noise: Tensor, strength: float) -> None:
+    """Change the colours of views (B, 3, h, w) in [0, 1], in place.
 
-    noise (B,) int64. The mean that contrast turns around is that of the first view, for all views.
+    noise (B,) int64. Factors are uniform in 1 - strength to 1 + strength. Contrast turns around the mean of the first
+    view in all views.
     """
     draws = uniform_noise(noise ^ SALT, (3,))  # (B, 3)
-    brightness, contrast, saturation = (1 + strength * (2 * draws - 1)).T[:, :, None, None, None]  # (B, 1, 1, 1) each
+    factors = (1 + strength * (2 * draws - 1))[:, :, None, None]  # (B, 3, 1, 1)
+    step = 1 if noise.device.type == "cpu" else len(noise)  # on a CPU a sample at a time stays in its cache
+    for start in range(0, len(noise), step):
+        rows = slice(start, start + step)
+        _change_([view[rows] for view in views], factors[rows])
+
+
+def _change_(views: list[Tensor], factors: Tensor) -> None:
+    brightness, contrast, saturation = factors.split(1, dim=1)  # (B, 1, 1, 1) each
     lumas = [_luma(view) for view in views]  # (B, 1, h, w)
-    mean = brightness * lumas[0].mean(dim=(2, 3), keepdim=True)
+    shift = (1 - contrast) * brightness * lumas[0].mean(dim=(2, 3), keepdim=True)
     gain = brightness * contrast
-    changed = []
     for view, luma in zip(views, lumas, strict=True):
-        grayed = luma.mul_(gain * (1 - saturation)).add_((1 - contrast) * mean)
-        changed.append((view * (gain * saturation)).add_(grayed).clamp_(0, 1))
-    return changed
+        grayed = luma.mul_(gain * (1 - saturation)).add_(shift)
+        view.mul_(gain * saturation).add_(grayed).clamp_(0, 1)
 
 
 def _luma(view: Tensor) -> Tensor:

@@ -33,6 +33,8 @@ SEQUENTIAL = (0xC0, 0xC1)
 OTHER_FRAMES = (*range(0xC2, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0), 0xDC, 0xDE, 0xDF)
 SOS, APP1, APP2, APP14 = 0xDA, 0xE1, 0xE2, 0xEE
 ORIENTATION = 0x0112  # EXIF tag
+SEQUENTIAL_SCAN = bytes((0, 63, 0))  # all frequencies, all bits
+MAX_SIDE = 65500  # pixels; libjpeg's
 CONTEXT = 2  # rows below a pixel that it depends on: half-height colour is interpolated with the row below
 MAX_KEPT = 64 << 20  # bytes of decoded pixels whose memory a thread keeps
 XMP = b"http://ns.adobe.com/xap/1.0/"
@@ -85,6 +87,8 @@ def parse(data: bytes) -> Jpeg | None:
         return None
     if frame is None or len(body) != 4 + 2 * frame.channels or body[0] != frame.channels:
         return None
+    if body[-3:] != SEQUENTIAL_SCAN:
+        return None
     if not _only_restarts(data, place + 2 + length):
         return None
     return frame._replace(orientation=orientation)
@@ -135,7 +139,9 @@ def _buffer(size: int) -> bytearray | None:
 
 def _frame(body: bytes, start: int) -> Jpeg | None:
     precision, height, width, count = struct.unpack_from(">BHHB", body)
-    if precision != 8 or count not in (1, 3) or len(body) != 6 + 3 * count or not height or not width:
+    if precision != 8 or count not in (1, 3) or len(body) != 6 + 3 * count:
+        return None
+    if not 1 <= height <= MAX_SIDE or not 1 <= width <= MAX_SIDE:
         return None
     sampling = [body[7 + 3 * i] for i in range(count)]
     vertical = [s & 15 for s in sampling]

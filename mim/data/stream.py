@@ -23,7 +23,7 @@ from mim.contracts import Batch, DataError
 from mim.data.augment import Image, Sizes
 from mim.data.decode import BadImage, Encoded, open_image
 from mim.data.formats import DTYPES
-from mim.data.jitter import jitter as jittered
+from mim.data.jitter import jitter_
 from mim.data.order import MicroBatch, Order, Plan, Slots, key64, permutation, rng
 from mim.data.shards import Dataset, Sample
 
@@ -242,7 +242,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     names = [name for name in VIEWS if name in moved]
     views = [_unit(moved[name], limits) for name in names]
     if strength:
-        views = jittered(views, moved["noise"], strength)
+        jitter_(views, moved["noise"], strength)
     moved.update(zip(names, views, strict=True))
     return moved
 

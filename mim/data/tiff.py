@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mim.data.formats import BadImage, Header
+from mim.data.formats import BadImage, Header, on_white
 
 MAX_TAGS = 1024
 MAX_VALUES = 1 << 20  # of one tag
@@ -23,6 +23,7 @@ MAX_CHANNELS = 1024
 SIZES = {1: "B", 3: "H", 4: "I"}  # field types that hold what is asked here: bytes, shorts, longs
 WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, STRIPS = 256, 257, 258, 259, 262, 273
 SAMPLES, ROWS, STRIP_SIZES, PLANAR, PREDICTOR, TILE_WIDTH, EXTRA, FORMAT = 277, 278, 279, 284, 317, 322, 338, 339
+ASSOCIATED, UNASSOCIATED = 1, 2  # alpha, in EXTRA
 WAY_OUT = "; save it uncompressed or with deflate, in strips, or as .npy"
 
 
@@ -40,15 +41,14 @@ def header(data: bytes) -> Header | None:
     dtype = {(8, 1): "uint8", (16, 1): "uint16", (32, 3): "float32"}.get((max(bits), kind))
     if dtype is None or len(bits) > 1 or _one(tags, PHOTOMETRIC, 1) not in (0, 1, 2):
         return None
-    extra = len(tags.get(EXTRA, ()))
-    known = samples - extra in (1, 3) and extra <= 1 and 0 not in tags.get(EXTRA, ())  # gray or colour, perhaps alpha
-    if dtype == "uint8" and known:
+    if dtype == "uint8" and (samples in (1, 3) or _has_alpha(tags)):
         return None
     if dtype == "uint16" and samples == 1:
         return None
     if not 1 <= samples <= MAX_CHANNELS:
         raise BadImage(f"a TIFF of {samples} channels; at most {MAX_CHANNELS} are read")
-    return Header("tif", samples, dtype, _one(tags, HEIGHT, 0), _one(tags, WIDTH, 0))
+    channels = samples - 1 if dtype == "uint16" and _has_alpha(tags) else samples
+    return Header("tif", channels, dtype, _one(tags, HEIGHT, 0), _one(tags, WIDTH, 0))
 
 
 def pixels(data: bytes, head: Header) -> np.ndarray:
@@ -59,8 +59,9 @@ def pixels(data: bytes, head: Header) -> np.ndarray:
         raise BadImage(f"a TIFF of {head.channels} x {head.dtype} in tiles or compressed as {compression}{WAY_OUT}")
     if _one(tags, PREDICTOR, 1) == 2 and head.dtype == "float32":
         raise BadImage(f"a TIFF of float32 with the integer predictor{WAY_OUT}")
-    planes = head.channels if _one(tags, PLANAR, 1) == 2 else 1
-    inside = head.channels // planes
+    samples = _one(tags, SAMPLES, 1)
+    planes = samples if _one(tags, PLANAR, 1) == 2 else 1
+    inside = samples // planes
     dtype = np.dtype(head.dtype).newbyteorder("<" if data[:2] == b"II" else ">")
     out = np.empty((planes, head.height, head.width, inside), dtype=head.dtype)
     rows = min(max(1, _one(tags, ROWS, head.height)), head.height)
@@ -76,10 +77,21 @@ def pixels(data: bytes, head: Header) -> np.ndarray:
         np.cumsum(out, axis=2, dtype=out.dtype, out=out)
     if head.dtype == "float32" and not np.isfinite(out).all():
         raise BadImage("a TIFF with NaN or infinite values; replace them, e.g. by a value outside data.range")
-    array = out.transpose(1, 2, 0, 3).reshape(head.height, head.width, head.channels)
+    array = out.transpose(1, 2, 0, 3).reshape(head.height, head.width, samples)
+    if samples > head.channels:
+        colour, alpha = array[..., :-1], array[..., -1:]
+        if tags[EXTRA] == (ASSOCIATED,):  # multiplied by alpha already
+            array = (colour.astype(np.uint32) + (65535 - alpha)).clip(0, 65535).astype(np.uint16)
+        else:
+            array = on_white(colour, alpha)
     if head.channels == 1 and _one(tags, PHOTOMETRIC, 1) == 0 and head.dtype != "float32":
         array = np.iinfo(array.dtype).max - array  # white is zero
     return np.ascontiguousarray(array)
+
+
+def _has_alpha(tags: dict[int, tuple[Any, ...]]) -> bool:
+    """Whether the last of 2 or 4 samples is transparency; of others nobody knows what they are."""
+    return _one(tags, SAMPLES, 1) in (2, 4) and tags.get(EXTRA) in ((ASSOCIATED,), (UNASSOCIATED,))
 
 
 def _strips(data: bytes, tags: dict[int, tuple[Any, ...]], compression: int, limit: int) -> Iterator[bytes]:
