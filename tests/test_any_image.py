@@ -23,7 +23,7 @@ RECIPE = {
         "patch_size": 8,
     },
     "optim": {"batch_size": 4, "length": "3 steps", "warmup": "1 steps", "lr": 1e-3},
-    "train": {"cpu": True, "workers": 1, "log_every": "1 steps", "save_every": "3 steps"},
+    "train": {"cpu": True, "workers": 0, "log_every": "1 steps", "save_every": "3 steps"},
 }
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from mim.contracts import DataError
 from mim.data.decode import LUMA
@@ -34,15 +36,17 @@ class Moments:
 
     def add(self, pixels: np.ndarray) -> None:
         """Add an image (C, H, W)."""
-        flat = pixels.reshape(len(pixels), -1)  # (C, H * W)
-        self.num_pixels += flat.shape[1]
+        flat = np.moveaxis(pixels, 0, -1).reshape(-1, len(pixels))  # (H * W, C), as it lies in memory
+        self.num_pixels += len(flat)
         if pixels.dtype.kind == "f":
-            self.bins = _merge(self.bins, [np.unique(_bin_of(channel), return_counts=True) for channel in flat])
+            self.bins = _merge(self.bins, [_count(_bin_of(channel)) for channel in flat.T])
             return
-        for start in range(0, flat.shape[1], CHUNK):
-            part = flat[:, start : start + CHUNK].astype(np.float64)
-            self.sums = self.sums + _integers(part.sum(axis=1))
-            self.products = self.products + _integers(part @ part.T)
+        for start in range(0, len(flat), CHUNK):
+            part = torch.from_numpy(
+                flat[start : start + CHUNK].astype(np.float64)
+            )  # NumPy's product takes twice as long
+            self.sums = self.sums + _integers(part.new_ones(len(part)) @ part)
+            self.products = self.products + _integers(part.T @ part)
 
     def merge(self, other: Moments) -> None:
         """Add the sums of others."""
@@ -127,9 +131,9 @@ def _measure_floats(total: Moments, _white: int) -> dict[str, Any]:
     return {"range": ranges, "mean": means, "std": deviations}
 
 
-def _integers(values: np.ndarray) -> np.ndarray:
+def _integers(values: Tensor) -> np.ndarray:
     """Whole float64 values as Python integers, which do not overflow."""
-    return np.array([int(value) for value in values.ravel()], dtype=object).reshape(values.shape)
+    return np.array([int(value) for value in values.flatten().tolist()], dtype=object).reshape(values.shape)
 
 
 def _common(kinds: dict[tuple[str, int], Moments]) -> tuple[str, int]:
@@ -141,6 +145,14 @@ def _common(kinds: dict[tuple[str, int], Moments]) -> tuple[str, int]:
     if "float32" in dtypes and len(dtypes) > 1:
         raise DataError(f"some images are float32 and others {min(dtypes - {'float32'})}; make a dataset of each")
     return max(dtypes, key=list(DTYPES).index), max(counts)
+
+
+def _count(bins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The different bins in order, and how often each occurs."""
+    lowest = bins.min()
+    counts = np.bincount(bins - lowest)
+    found = np.flatnonzero(counts)
+    return (found + lowest).astype(np.uint32), counts[found]
 
 
 def _bin_of(values: np.ndarray) -> np.ndarray:
