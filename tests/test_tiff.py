@@ -13,16 +13,21 @@ from mim.data.formats import BadImage
 RNG = np.random.default_rng(0)
 
 
-def written(pixels, order="<", *, compression=1, predictor=1, planar=1, rows=4, photometric=1, extra=0, more=()):
+def written(pixels, order="<", *, compression=1, predictor=1, planar=1, rows=4, tile=None, photometric=1, extra=0):
     """A TIFF of pixels (H, W, C), by the specification."""
     height, width, channels = pixels.shape
-    difference = np.diff(pixels, axis=1, prepend=np.zeros_like(pixels[:, :1])) if predictor == 2 else pixels
-    planes = np.split(difference, channels, axis=2) if planar == 2 else [difference]
-    raw = [
-        plane[top : top + rows].astype(pixels.dtype.newbyteorder(order)).tobytes()
-        for plane in planes
-        for top in range(0, height, rows)
-    ]
+    planes = np.split(pixels, channels, axis=2) if planar == 2 else [pixels]
+    h, w = tile or (rows, width)
+    raw = []
+    for plane in planes:
+        for top in range(0, height, h):
+            for left in range(0, width, w):
+                block = plane[top : top + h, left : left + w]
+                if tile:
+                    block = np.pad(block, [(0, h - block.shape[0]), (0, w - block.shape[1]), (0, 0)], mode="edge")
+                if predictor == 2:
+                    block = np.diff(block, axis=1, prepend=np.zeros_like(block[:, :1]))
+                raw.append(block.astype(pixels.dtype.newbyteorder(order)).tobytes())
     strips = [zlib.compress(strip) for strip in raw] if compression == 8 else raw
     sample_format = 3 if pixels.dtype.kind == "f" else 1
     tags = {
@@ -39,12 +44,14 @@ def written(pixels, order="<", *, compression=1, predictor=1, planar=1, rows=4, 
         317: ("H", [predictor]),
         338: ("H", [extra] * (channels - (3 if photometric == 2 else 1))),
         339: ("H", [sample_format] * channels),
-    } | dict(more)
+    }
+    if tile:
+        tags |= {322: ("H", [tile[1]]), 323: ("H", [tile[0]]), 324: tags.pop(273), 325: tags.pop(279)}
     tags = {tag: value for tag, value in sorted(tags.items()) if value[1]}
     size = sum(len(values) * struct.calcsize(kind) for kind, values in tags.values())
     body_at = 8 + 2 + 12 * len(tags) + 4
     start = body_at + size
-    tags[273] = ("I", list(start + np.cumsum([0, *map(len, strips[:-1])])))
+    tags[324 if tile else 273] = ("I", list(start + np.cumsum([0, *map(len, strips[:-1])])))
     entries, body = b"", b""
     for tag, (kind, values) in tags.items():
         packed = struct.pack(f"{order}{len(values)}{kind}", *values)
@@ -61,15 +68,16 @@ def written(pixels, order="<", *, compression=1, predictor=1, planar=1, rows=4, 
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("tile", [None, (16, 16), (4, 8)])
 @pytest.mark.parametrize("planar", [1, 2])
 @pytest.mark.parametrize(("compression", "predictor"), [(1, 1), (8, 1), (8, 2)])
 @pytest.mark.parametrize(("channels", "dtype"), [(5, "uint16"), (3, "uint16"), (7, "uint8"), (2, "float32")])
-def test_any_number_of_channels_is_read_without_loss(order, planar, compression, predictor, channels, dtype):
+def test_any_number_of_channels_is_read_without_loss(order, planar, compression, predictor, channels, dtype, tile):
     if dtype == "float32" and predictor == 2:
         predictor = 1
     pixels = (RNG.random((11, 9, channels)) * 60000).astype(dtype)
-    photometric = 2 if channels == 3 else 1
-    data = written(pixels, order, planar=planar, compression=compression, predictor=predictor, photometric=photometric)
+    layout = {"planar": planar, "compression": compression, "predictor": predictor, "tile": tile}
+    data = written(pixels, order, photometric=2 if channels == 3 else 1, **layout)
     assert read_header(data) == ("tif", channels, dtype, 11, 9)
     found = decode(data, channels, dtype).permute(1, 2, 0).numpy()
     assert found.dtype == dtype
@@ -111,11 +119,20 @@ def test_what_pillow_reads_as_it_is_stays_with_pillow(mode):
     assert tiff.header(buffer.getvalue()) is None
 
 
-@pytest.mark.parametrize("options", [{"compression": 5}, {"more": [(322, ("H", [16]))]}])
-def test_other_layouts_are_refused_with_a_way_out(options):
-    data = written(np.zeros((4, 4, 5), dtype=np.uint16), **options)
-    with pytest.raises(BadImage, match=r"save it uncompressed or with deflate, in strips, or as \.npy"):
-        decode(data, 5, "uint16")
+@pytest.mark.parametrize(
+    ("dtype", "options", "fact"),
+    [
+        ("uint16", {"compression": 5}, "compressed by method 5"),
+        ("float32", {"predictor": 2}, "float32 with predictor 2"),
+        ("uint16", {"tile": (16, 16)}, "in tiles of 60000 x 60000"),
+    ],
+)
+def test_other_layouts_are_refused_with_a_way_out(dtype, options, fact):
+    data = written(np.zeros((4, 4, 5), dtype=dtype), **options)
+    for tag in (322, 323):
+        data = data.replace(struct.pack("<HHIH", tag, 3, 1, 16), struct.pack("<HHIH", tag, 3, 1, 60000))
+    with pytest.raises(BadImage, match=rf"{fact}; save it uncompressed or with deflate, or as \.npy"):
+        decode(data, 5, dtype)
 
 
 @pytest.mark.parametrize("compression", [1, 8])

@@ -1,9 +1,9 @@
 """TIFF beyond what Pillow keeps: any number of channels, and 16 bits in each, without loss.
 
 Pillow opens 16-bit colour but drops the low bytes, and refuses other numbers of channels than 1, 3 and 4. So the pages
-that it would change are read here: uint8, uint16 or float32 in strips, chunky or planar, uncompressed or deflate, with
-or without the horizontal predictor. Other layouts are refused with a way out; the first page is taken.
-TIFF revision 6.0 (Adobe, 1992), sections 2, 8, 14; deflate: Adobe's technical note of 2002.
+that it would change are read here: uint8, uint16 or float32 in strips or tiles, chunky or planar, uncompressed or
+deflate, with or without the horizontal predictor. Other layouts are refused with a way out; the first page is taken.
+TIFF revision 6.0 (Adobe, 1992), sections 2, 8, 14, 15; deflate: Adobe's technical note of 2002.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ MAX_VALUES = 1 << 20  # of one tag
 MAX_CHANNELS = 1024
 SIZES = {1: "B", 3: "H", 4: "I"}  # field types that hold what is asked here: bytes, shorts, longs
 WIDTH, HEIGHT, BITS, COMPRESSION, PHOTOMETRIC, STRIPS = 256, 257, 258, 259, 262, 273
-SAMPLES, ROWS, STRIP_SIZES, PLANAR, PREDICTOR, TILE_WIDTH, EXTRA, FORMAT = 277, 278, 279, 284, 317, 322, 338, 339
+SAMPLES, ROWS, STRIP_SIZES, PLANAR, PREDICTOR, EXTRA, FORMAT = 277, 278, 279, 284, 317, 338, 339
+TILE_WIDTH, TILE_HEIGHT, TILES, TILE_SIZES = 322, 323, 324, 325
 ASSOCIATED, UNASSOCIATED = 1, 2  # alpha, in EXTRA
-WAY_OUT = "; save it uncompressed or with deflate, in strips, or as .npy"
+WAY_OUT = "; save it uncompressed or with deflate, or as .npy"
 
 
 def is_tiff(data: bytes) -> bool:
@@ -54,27 +55,11 @@ def header(data: bytes) -> Header | None:
 def pixels(data: bytes, head: Header) -> np.ndarray:
     """The pixels (H, W, C) of a page that `header` described. Raises BadImage."""
     tags = _tags(data)
-    compression = _one(tags, COMPRESSION, 1)
-    if TILE_WIDTH in tags or compression not in (1, 8, 32946) or _one(tags, PREDICTOR, 1) not in (1, 2):
-        raise BadImage(f"a TIFF of {head.channels} x {head.dtype} in tiles or compressed as {compression}{WAY_OUT}")
-    if _one(tags, PREDICTOR, 1) == 2 and head.dtype == "float32":
-        raise BadImage(f"a TIFF of float32 with the integer predictor{WAY_OUT}")
     samples = _one(tags, SAMPLES, 1)
     planes = samples if _one(tags, PLANAR, 1) == 2 else 1
-    inside = samples // planes
-    dtype = np.dtype(head.dtype).newbyteorder("<" if data[:2] == b"II" else ">")
-    out = np.empty((planes, head.height, head.width, inside), dtype=head.dtype)
-    rows = min(max(1, _one(tags, ROWS, head.height)), head.height)
-    strips = _strips(data, tags, compression, rows * head.width * inside * dtype.itemsize)
-    for plane in range(planes):
-        for top in range(0, head.height, rows):
-            count = min(rows, head.height - top) * head.width * inside
-            strip = next(strips, b"")
-            if len(strip) < count * dtype.itemsize:
-                raise BadImage("a TIFF that is not whole: a strip is too short or missing")
-            out[plane, top : top + rows] = np.frombuffer(strip, dtype, count).reshape(-1, head.width, inside)
-    if _one(tags, PREDICTOR, 1) == 2:
-        np.cumsum(out, axis=2, dtype=out.dtype, out=out)
+    _check_layout(tags, head)
+    out = np.empty((planes, head.height, head.width, samples // planes), dtype=head.dtype)
+    _read_blocks(data, tags, out)
     if head.dtype == "float32" and not np.isfinite(out).all():
         raise BadImage("a TIFF with NaN or infinite values; replace them, e.g. by a value outside data.range")
     array = out.transpose(1, 2, 0, 3).reshape(head.height, head.width, samples)
@@ -89,26 +74,58 @@ def pixels(data: bytes, head: Header) -> np.ndarray:
     return np.ascontiguousarray(array)
 
 
+def _check_layout(tags: dict[int, tuple[Any, ...]], head: Header) -> None:
+    compression, predictor = _one(tags, COMPRESSION, 1), _one(tags, PREDICTOR, 1)
+    if compression not in (1, 8, 32946):
+        raise BadImage(f"a TIFF of {head.channels} x {head.dtype} compressed by method {compression}{WAY_OUT}")
+    if predictor not in (1, 2) or (predictor == 2 and head.dtype == "float32"):
+        raise BadImage(f"a TIFF of {head.dtype} with predictor {predictor}{WAY_OUT}")
+
+
+def _read_blocks(data: bytes, tags: dict[int, tuple[Any, ...]], out: np.ndarray) -> None:
+    """Fill the planes (P, H, W, samples) from strips, or from tiles, which are whole at the edges too."""
+    planes, height, width, inside = out.shape
+    tiled = TILE_WIDTH in tags
+    h = max(1, _one(tags, TILE_HEIGHT, 0) if tiled else min(_one(tags, ROWS, height), height))
+    w = max(1, _one(tags, TILE_WIDTH, 0)) if tiled else width
+    if h * w > 4 * (height + 4096) * (width + 4096):
+        raise BadImage(f"a TIFF of {width} x {height} pixels in tiles of {w} x {h}{WAY_OUT}")
+    dtype = out.dtype.newbyteorder("<" if data[:2] == b"II" else ">")
+    blocks = _blocks(data, tags, tiled, h * w * inside * dtype.itemsize)
+    for plane in range(planes):
+        for top in range(0, height, h):
+            for left in range(0, width, w):
+                count = (h if tiled else min(h, height - top)) * w * inside
+                raw = next(blocks, b"")
+                if len(raw) < count * dtype.itemsize:
+                    raise BadImage("a TIFF that is not whole: a strip or tile is too short or missing")
+                block = np.frombuffer(raw, dtype, count).reshape(-1, w, inside)
+                if _one(tags, PREDICTOR, 1) == 2:
+                    block = np.cumsum(block, axis=1, dtype=out.dtype)
+                out[plane, top : top + h, left : left + w] = block[: height - top, : width - left]
+
+
 def _has_alpha(tags: dict[int, tuple[Any, ...]]) -> bool:
     """Whether the last of 2 or 4 samples is transparency; of others nobody knows what they are."""
     return _one(tags, SAMPLES, 1) in (2, 4) and tags.get(EXTRA) in ((ASSOCIATED,), (UNASSOCIATED,))
 
 
-def _strips(data: bytes, tags: dict[int, tuple[Any, ...]], compression: int, limit: int) -> Iterator[bytes]:
-    """The strips of a page in order, each inflated to at most `limit` bytes."""
-    for start, size in zip(tags.get(STRIPS, ()), tags.get(STRIP_SIZES, ()), strict=False):
+def _blocks(data: bytes, tags: dict[int, tuple[Any, ...]], tiled: bool, limit: int) -> Iterator[bytes]:
+    """The strips or tiles of a page in order, each inflated to at most `limit` bytes."""
+    places, sizes = (TILES, TILE_SIZES) if tiled else (STRIPS, STRIP_SIZES)
+    for start, size in zip(tags.get(places, ()), tags.get(sizes, ()), strict=False):
         raw = data[start : start + size]
-        if compression == 1:
+        if _one(tags, COMPRESSION, 1) == 1:
             yield raw
             continue
         inflater = zlib.decompressobj()
         try:
-            strip = inflater.decompress(raw, limit + 1)  # the one more lets it reach its checksum
+            block = inflater.decompress(raw, limit + 1)  # the one more lets it reach its checksum
         except zlib.error as error:
             raise BadImage(f"a TIFF whose deflate stream is damaged: {error}") from error
         if not inflater.eof:
-            raise BadImage("a TIFF whose deflate stream is cut, or longer than its strip")
-        yield strip
+            raise BadImage("a TIFF whose deflate stream is cut, or longer than its strip or tile")
+        yield block
 
 
 def _tags(data: bytes) -> dict[int, tuple[Any, ...]]:
