@@ -267,6 +267,7 @@ def loader(job: Job, start: int) -> Any:
         sizes=built.views.sizes,
         mask=built.views.mask,
         channels=built.views.data.channels,
+        jitter=built.views.data.jitter,
         batch_size=cfg.optim.batch_size,
         rank=accelerator.process_index,
         world=accelerator.num_processes,

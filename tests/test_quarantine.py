@@ -125,10 +125,10 @@ def test_known_samples_are_not_read_again(dataset, monkeypatch):
 
 
 def test_a_window_without_any_good_sample_is_a_data_error_that_names_the_first(dataset, monkeypatch):
-    def refuse(data, channels):
+    def refuse(data, channels, dtype):
         raise stream.BadImage("broken")
 
-    monkeypatch.setattr(stream, "decode", refuse)
+    monkeypatch.setattr(stream, "open_image", refuse)
     with pytest.raises(DataError, match=r"shard-0000\d\.tar/.* cannot be decoded \(broken\), and neither can 8 subst"):
         batches(dataset)
 
@@ -138,7 +138,7 @@ def test_an_image_that_is_refused_only_when_its_pixels_are_wanted_is_substituted
     expected = batches(dataset)
     good = dataset.read(1, 0).image
 
-    def late(data, channels):
+    def late(data, channels, dtype):
         try:
             return decode(data, channels)
         except stream.BadImage:
@@ -149,7 +149,7 @@ def test_an_image_that_is_refused_only_when_its_pixels_are_wanted_is_substituted
             raise stream.BadImage("broken")
         return crop(image, rng, sizes)
 
-    monkeypatch.setattr(stream, "decode", late)
+    monkeypatch.setattr(stream, "open_image", late)
     found = batches(dataset, view=refusing)
     assert digest(found) == digest(expected)
     assert {entry["sample"] for batch in found for entry in batch["bad"]} == set(BAD)
@@ -315,13 +315,13 @@ def test_a_decoder_that_learned_to_read_a_sample_does_not_change_a_resumed_strea
     assert {entry["sample"] for entry in found} == set(BAD)  # all of them come in the first epoch of five steps
     good = dataset.read(1, 0).image
 
-    def lenient(data, channels):
+    def lenient(data, channels, dtype):
         try:
             return decode(data, channels)
         except stream.BadImage:
             return decode(good, channels)
 
-    monkeypatch.setattr(stream, "decode", lenient)
+    monkeypatch.setattr(stream, "open_image", lenient)
     assert train.main(recipe, stopped) == train.DONE
     assert numbers(tmp_path / "stopped") == numbers(tmp_path / "whole")
 

@@ -21,7 +21,7 @@ from PIL import Image
 from mim.contracts import Batch
 from mim.data import stream
 from mim.data.augment import Sizes
-from mim.data.decode import BadImage, decode
+from mim.data.decode import BadImage, decode, open_image
 from mim.data.mixture import AnyDataset, AnyOrder
 from mim.data.order import Plan, rng
 from mim.data.stages import REMEDIES, STAGES, advise_workers, allowed_cpus, bound_by
@@ -220,6 +220,8 @@ def _time_loader(
 
 def _time_resized(renderer: stream.Renderer, order: AnyOrder, seconds: float) -> Resized | None:
     """How much faster images render that were resized to a little more than the crop's side; None if few are larger."""
+    if renderer.dataset.dtype != "uint8" or renderer.channels not in (1, 3):
+        return None  # JPEG cannot hold them
     short = round(max(side for size in renderer.sizes for side in size) * MARGIN)
     slots = order.locate(np.arange(min(PROBES, order.num_samples)) * order.repeats)
     images = [
@@ -234,19 +236,19 @@ def _time_resized(renderer: stream.Renderer, order: AnyOrder, seconds: float) ->
         for pair in pairs:
             for which, data in enumerate(pair):
                 since = time.perf_counter()
-                renderer.view(decode(data, renderer.channels), rng("bench", 0, 0, 0), renderer.sizes)
+                renderer.view(open_image(data, renderer.channels), rng("bench", 0, 0, 0), renderer.sizes)
                 totals[which] += time.perf_counter() - since
     return Resized(short, totals[0] / totals[1])
 
 
 def _shrink(data: bytes, short: int, channels: int) -> bytes | None:
-    """Encode an image again with that short side; None when it is not larger, or nothing that JPEG can hold."""
+    """Encode an image again with that short side; None when it is not larger or cannot be decoded."""
     try:
         pixels = decode(data, channels).permute(1, 2, 0).numpy()  # (H, W, C)
     except BadImage:
         return None
     h, w = pixels.shape[:2]
-    if min(h, w) <= short or pixels.dtype != np.uint8 or channels not in (1, 3):
+    if min(h, w) <= short:
         return None
     image = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
     scale = short / min(h, w)

@@ -1,6 +1,6 @@
 """The dataset folder: ordinary WebDataset tars, one index per tar, and a lock that says what they must be.
 
-    shard-00000.tar      samples `key.jpg` (jpg, png, webp, bmp, tif) and, when labelled, `key.cls` (an ASCII integer)
+    shard-00000.tar      samples `key.jpg` (png, webp, bmp, tif, npy) and, when labelled, `key.cls` (an ASCII integer)
     shard-00000.npy      structured array, a row per sample: hash of the key; offset, size and CRC32 of each member
     dataset.lock.json    format, ordered shards (file, size, sha256, count), schema, statistics, what was left out
 
@@ -20,7 +20,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +29,9 @@ from mim.config import ConfigError
 from mim.contracts import DataError
 from mim.data import tar
 from mim.data.cache import RemoteShard, ShardCache
+from mim.data.checksum import crc32
 from mim.data.decode import MAX_BYTES
+from mim.data.formats import DTYPES
 from mim.data.location import check_storable, is_remote
 from mim.data.store import Store
 
@@ -58,9 +59,13 @@ class Dataset:
         self.id: str = lock["dataset_id"]
         self.counts = np.array([shard["count"] for shard in lock["shards"]], dtype=np.int64)
         self.classes: list[str] | None = lock["schema"]["classes"]
-        self.mean: list[float] = lock["statistics"]["mean"]  # per channel, of pixels in [0, 1]
-        self.std: list[float] = lock["statistics"]["std"]
+        statistics = lock["statistics"]
+        self.mean: list[float] = statistics["mean"]  # per channel, of pixels in [0, 1]
+        self.std: list[float] = statistics["std"]
+        self.gray: dict[str, float] | None = statistics.get("gray")  # mean and std of colour read as gray
         self.channels = len(self.mean)  # 1 when every image is gray
+        self.dtype: str = statistics.get("dtype", "uint8")  # of decoded pixels
+        self.range: list[list[float]] = statistics.get("range") or [[0, DTYPES[self.dtype]]] * self.channels
         self._files: list[str] = [shard["file"] for shard in lock["shards"]]
         self._locations = [location(path, shard) for shard in lock["shards"]]
         self._sizes: list[int] = [shard["size"] for shard in lock["shards"]]
@@ -97,6 +102,22 @@ class Dataset:
         """Seconds within which any read has succeeded or failed, a wait for another process included; 0 if local."""
         largest = max((shard.size for shard in self.remote_shards.values()), default=None)
         return 0.0 if largest is None else 2 * self.cache.remote.patience.until(largest)
+
+    def map_range(self, value_range: list[list[float]]) -> None:
+        """Let other raw values, [low, high] per channel, become 0 and 1; the statistics follow.
+
+        What lies outside is clamped later, which the statistics do not know.
+        """
+        old, new = np.array(self.range, dtype=float), np.array(value_range, dtype=float)  # (C, 2)
+        scale = (old[:, 1] - old[:, 0]) / (new[:, 1] - new[:, 0])
+        shift = (old[:, 0] - new[:, 0]) / (new[:, 1] - new[:, 0])
+        self.mean = (np.array(self.mean) * scale + shift).tolist()
+        self.std = (np.array(self.std) * scale).tolist()
+        if self.gray is not None:  # unknown when channels are mapped differently
+            alike = len(set(zip(scale.tolist(), shift.tolist(), strict=True))) == 1
+            gray = {"mean": self.gray["mean"] * scale[0] + shift[0], "std": self.gray["std"] * scale[0]}
+            self.gray = gray if alike else None
+        self.range = value_range
 
     def read(self, shard: int, row: int) -> Sample:
         """Read and verify one sample. Raises DataError on any difference from the index.
@@ -140,7 +161,7 @@ class Dataset:
                 header = data[offset - start - tar.BLOCK : offset - start]
                 if tar.parse(header, self._locations[shard], offset - tar.BLOCK)[0] != size:
                     raise DataError(f"{where}: the header of the {name} differs from the index; index the shard again")
-            elif zlib.crc32(content[name]) != crc:
+            elif crc32(content[name]) != crc:
                 raise DataError(
                     f"{where}: CRC32 of the {name} differs from the index; the shard is damaged, copy it again"
                 )
@@ -237,6 +258,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "mean": statistics["mean"],
         "std": statistics["std"],
         "num_measured": statistics.get("num_measured", sum(shard["count"] for shard in shards)),
+        "dtype": statistics.get("dtype", "uint8"),
+        "range": statistics.get("range"),
     }
 
 

@@ -21,17 +21,20 @@ from torch.utils import data as torch_data
 
 from mim.config import ConfigError
 from mim.contracts import Batch, DataError
-from mim.data.augment import Sizes
-from mim.data.decode import BadImage, decode
+from mim.data.augment import Image, Sizes
+from mim.data.decode import BadImage, Encoded, open_image
+from mim.data.formats import DTYPES
+from mim.data.jitter import jitter_
 from mim.data.mixture import AnyDataset, AnyOrder, bad_samples
 from mim.data.order import MicroBatch, Place, Plan, Slots, key64, permutation, rng
 from mim.data.prefetch import Prefetcher
 from mim.data.quarantine import Bad
+from mim.data.shards import Sample
 from mim.data.signals import stay_until_told
 from mim.data.stages import Clock
 from mim.log import say
 
-View = Callable[[Tensor, np.random.Generator, Sizes], list[Tensor]]
+View = Callable[[Image, np.random.Generator, Sizes], list[Tensor]]
 Mask = Callable[[np.random.Generator], "np.ndarray | Tensor"]  # -> (N,) bool
 Substitute = Callable[[int, int], Place]  # (row of the batch, attempt) -> the sample that takes its place
 
@@ -60,7 +63,9 @@ class Config:
     labels_from_folders: bool = False  # the first folder below `path` is the class
     val_ratio: float = 0.0  # share of the images held out when `path` is a folder of images
     image_size: Union[int, list[int]] = 224  # noqa: UP007  pixels, or [h, w]; OmegaConf reads Union, not |
-    channels: int = 3  # 1 or 3; the decoder converts
+    channels: int = 3  # any number; 1 and 3 are converted into each other
+    range: list[Any] | None = None  # raw [low, high] that become 0 and 1, or one pair per channel; null: the dataset's
+    jitter: float = 0.0  # of brightness, contrast and saturation in training, on the device (BEiT: 0.4)
     view: dict[str, Any] = field(default_factory=lambda: {"name": "crop"})  # function of mim/data/augment.py
     eval_view: dict[str, Any] = field(default_factory=lambda: {"name": "center"})  # the same, for evaluation
     seed: int = 0  # of order, crops and masks; also of the held-out split
@@ -90,6 +95,7 @@ class Renderer:
     mask: Mask | None
     channels: int
     seed: int
+    jitter: float = 0.0  # strength; 0 leaves colours alone
     known: Mapping[int, Bad] = field(default_factory=dict)  # bad samples by their index: not decoded again
 
     def __post_init__(self) -> None:
@@ -104,8 +110,11 @@ class Renderer:
         batch: Batch = {"keys": [], "samples": [], "bad": []}
         for name, (h, w) in zip(VIEWS, self.sizes):  # noqa: B905  the second size is optional
             # Rows are (H, W, C) in memory, as the decoder leaves them: transposing would cost more than copying.
-            rows = torch.empty((size, h, w, self.channels), dtype=torch.uint8)
+            rows = torch.empty((size, h, w, self.channels), dtype=getattr(torch, self.dataset.dtype))
             batch[name] = rows.permute(0, 3, 1, 2)  # (B, C, H, W)
+        batch["range"] = value_range(self.dataset, self.channels)
+        if self.jitter:
+            batch["jitter"] = self.jitter
         batch["weight"] = (torch.arange(size) < num_real).float()
         batch["noise"] = torch.empty(size, dtype=torch.int64)
         if self.dataset.classes is not None:
@@ -125,11 +134,13 @@ class Renderer:
         """
         clock, masks = Clock(), list[Tensor]()
         shown, loaded = None, None  # `repeats` draws of a sample follow each other: decode once
+        following = [*slots.sample[1:].tolist(), None]
         for row, (epoch, shard, index, number, draw) in enumerate(zip(*(a.tolist() for a in slots), strict=True)):
             name = (self.seed, epoch, number, draw)
             if loaded != (epoch, number):
                 attempts = functools.partial(substitute, row) if substitute is not None else None
-                shown, views = self._load(Place(shard, index, number), name, attempts, batch["bad"], clock)
+                place, several = Place(shard, index, number), following[row] == number
+                shown, views = self._load(place, name, attempts, batch["bad"], clock, several=several)
                 loaded = epoch, number
             else:
                 assert shown is not None
@@ -161,6 +172,8 @@ class Renderer:
         substitute: Callable[[int], Place] | None,
         met: list[dict[str, Any]],
         clock: Clock,
+        *,
+        several: bool,  # further draws of it follow
     ) -> tuple[Shown, list[Tensor]]:
         """Read, decode and view the sample of a slot or, when it is bad, the first of its substitutes that is not.
 
@@ -180,7 +193,7 @@ class Renderer:
             sample = self.dataset.read(place.shard, place.row)
             clock.done("read")
             try:
-                image = decode(sample.image, self.channels)
+                image = self._open(sample, several=several)
                 clock.done("decode")
                 views = self.view(image, rng("view", *name), self.sizes)
             except BadImage as error:
@@ -196,11 +209,16 @@ class Renderer:
             f"dataset, which names all such images, or make the shards again without them"
         )
 
+    def _open(self, sample: Sample, *, several: bool) -> Image:
+        """The image of a sample, decoded whole when several draws of it follow."""
+        image = open_image(sample.image, self.channels, self.dataset.dtype)
+        return image.whole() if several and isinstance(image, Encoded) else image
+
 
 class Shown(NamedTuple):
     """What a row shows."""
 
-    image: Tensor  # uint8 (C, H, W)
+    image: Image
     label: int | None
     key: str
     number: int  # index over the whole dataset
@@ -255,6 +273,7 @@ def loader(
     sizes: Sizes,
     mask: Mask | None = None,
     channels: int = 3,
+    jitter: float = 0.0,
     batch_size: int,  # global
     rank: int = 0,
     world: int = 1,
@@ -268,7 +287,7 @@ def loader(
 ) -> torch_data.DataLoader[Batch]:
     """Return the micro-batches of one rank: `num_steps * micro_batches` of them, in order."""
     plan = Plan(order.repeats, batch_size, rank, world, micro_batches, position, num_steps)
-    stream = Stream(order, Renderer(dataset, view, sizes, mask, channels, order.seed, known or {}))
+    stream = Stream(order, Renderer(dataset, view, sizes, mask, channels, order.seed, jitter, known or {}))
     indices: Iterable[MicroBatch] = plan
     if remote := dataset.remote_shards:
         indices = Prefetcher(plan, order, shards=remote, cache=dataset.cache)
@@ -306,13 +325,40 @@ def evaluate(
     return _in_order(evaluation, chunks, workers, pin_memory, timeout and max(timeout, dataset.longest_read()))
 
 
+def value_range(dataset: AnyDataset, channels: int) -> list[list[float]]:
+    """Raw values (low, high) that become 0 and 1, per channel as it is read."""
+    if channels == len(dataset.range):
+        return dataset.range
+    if any(pair != dataset.range[0] for pair in dataset.range):
+        raise ConfigError(
+            f"data.range differs by channel, but data.channels={channels} mixes them; give one [low, high]"
+        )
+    return [dataset.range[0]] * channels
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Move a batch to the device, where its images become float32 in [0, 1]."""
-    moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    for name in VIEWS:
-        if name in moved:
-            moved[name] = moved[name].to(memory_format=torch.contiguous_format, dtype=torch.float32) / 255
+    """Move a batch to the device, where its images become float32 in [0, 1].
+
+    `range` maps them and `jitter` changes their colours; both are used up.
+    """
+    moved: Batch = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    limits, strength = moved.pop("range"), moved.pop("jitter", 0.0)
+    names = [name for name in VIEWS if name in moved]
+    views = [_unit(moved[name], limits) for name in names]
+    if strength:
+        jitter_(views, moved["noise"], strength)
+    moved.update(zip(names, views, strict=True))
     return moved
+
+
+def _unit(raw: Tensor, limits: list[list[float]]) -> Tensor:
+    """Raw pixels (B, C, H, W) -> float32 in [0, 1]; what lies outside the limits is clamped."""
+    pixels = raw.to(memory_format=torch.contiguous_format, dtype=torch.float32)
+    white = DTYPES[str(raw.dtype).removeprefix("torch.")]
+    if not raw.is_floating_point() and all(list(pair) == [0, white] for pair in limits):
+        return pixels / white
+    low, high = torch.tensor(limits, device=raw.device).T[:, :, None, None]  # (C, 1, 1) each
+    return ((pixels - low) / (high - low)).clamp_(0, 1)
 
 
 def _in_order(

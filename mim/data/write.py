@@ -29,6 +29,7 @@ from mim.data.members import build_index, save_index
 from mim.data.shards import FORMAT, LABEL_MEMBER, dataset_id, write_lock
 from mim.data.shrink import shrunk
 from mim.data.sources import Reader
+from mim.data.statistics import Moments, Statistics
 from mim.data.workers import pool
 
 
@@ -62,19 +63,15 @@ class Written:
     sha256: str = ""
     count: int = 0
     endings: set[str] = field(default_factory=set)
-    colour: bool = False
-    levels: np.ndarray = field(default_factory=lambda: np.zeros((3, 256), dtype=np.int64))  # histogram per channel
+    pixels: Statistics = field(default_factory=Statistics)
     heights_widths: list[tuple[int, int]] = field(default_factory=list)
     labels: Counter[int] = field(default_factory=Counter)
     left_out: list[dict[str, str]] = field(default_factory=list)
 
     def add(self, header: Header, pixels: Tensor, label: int | None) -> None:
-        channels = pixels.numpy()  # (C, H, W)
-        histograms = [np.bincount(channel.ravel(), minlength=256) for channel in channels]
-        self.levels += np.stack(histograms)  # gray counts in all three
-        self.colour |= header.channels == 3
+        self.pixels.add(pixels.numpy())  # (C, H, W)
         self.endings.add(header.ending)
-        self.heights_widths.append(channels.shape[1:])
+        self.heights_widths.append((pixels.shape[1], pixels.shape[2]))
         self.count += 1
         if label is not None:
             self.labels[label] += 1
@@ -83,7 +80,7 @@ class Written:
 def read_pixels(data: bytes) -> tuple[Header, Tensor]:
     """Header and all pixels of an encoded image. Raises BadImage."""
     header = read_header(data)
-    return header, decode(data, header.channels)
+    return header, decode(data, header.channels, header.dtype)
 
 
 def write_shards(tasks: list[Task], workers: int | None, budget: int) -> list[Written]:
@@ -176,7 +173,7 @@ def facts_file(target: Path) -> Path:
 
 def read_facts(target: Path) -> Written:
     """Facts of a finished shard. Raises DataError."""
-    return facts.load(facts_file(target), Written)
+    return facts.load(facts_file(target), Written, Statistics, Moments)
 
 
 def _finished(task: Task) -> Written | None:
@@ -228,17 +225,11 @@ def finish(
 
 
 def statistics_of(written: list[Written], classes: list[str] | None) -> dict[str, Any]:
-    """Mean and deviation over all pixels in [0, 1], from integer histograms: exact, in any order of the shards."""
-    channels = 3 if any(w.colour for w in written) else 1
-    levels = np.sum([w.levels for w in written], axis=0)[:channels]  # (C, 256)
-    values, total = np.arange(256) / 255, levels.sum(axis=1)  # (256,), (C,)
-    mean = (levels * values).sum(axis=1) / total
-    variance = (levels * (values - mean[:, None]) ** 2).sum(axis=1) / total
+    """Statistics of the pixels, the sizes and the labels."""
     height, width = np.concatenate([w.heights_widths for w in written]).T
     labels = sum((w.labels for w in written), Counter())
     return {
-        "mean": mean.round(6).tolist(),
-        "std": np.sqrt(variance).round(6).tolist(),
+        **Statistics.summary(w.pixels for w in written),
         "height": _spread(height),
         "width": _spread(width),
         "class_counts": [labels[label] for label in range(len(classes))] if classes is not None else None,
