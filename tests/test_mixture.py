@@ -227,7 +227,7 @@ def test_sources_share_the_number_of_channels_and_the_type_of_pixels():
     assert common_pixels([_source(1), _source(3)]) == (3, "uint8")
     with pytest.raises(ConfigError, match="has 2 channels and another source has 3"):
         common_pixels([_source(2), _source(3)])
-    with pytest.raises(ConfigError, match="holds uint16 and .* uint8"):
+    with pytest.raises(ConfigError, match=r"holds uint16 and .* uint8"):
         common_pixels([_source(3), _source(3, "uint16")])
 
 
