@@ -215,13 +215,17 @@ def loader_stage(dataset):
         iterator = iter(batches)
         next(iterator)
         start = time.perf_counter()
-        count = sum(len(batch) for batch in itertools.islice(iterator, num_steps))
+        count = 0
+        for images in itertools.islice(iterator, num_steps):
+            assert images.shape[1:] == (3, *SIZE)
+            count += len(images)
         return count / (time.perf_counter() - start)
 
     def peer():
         source = webdataset.WebDataset(tars, shardshuffle=False, empty_check=False).repeat().shuffle(100)
-        source = source.map(lambda sample: mae_path(sample["jpg"])).batched(BATCH)
-        return timed(torch.utils.data.DataLoader(source, batch_size=None, num_workers=WORKERS))
+        source = source.map(lambda sample: (mae_path(sample["jpg"]),)).batched(BATCH)
+        loader = torch.utils.data.DataLoader(source, batch_size=None, num_workers=WORKERS)
+        return timed(images for (images,) in loader)
 
     def ours(whole=False):
         found = stream.loader(
@@ -318,7 +322,8 @@ def main():
             (Path(folder) / "in").mkdir()
             for number, data in enumerate(images):
                 (Path(folder) / f"in/{number}.jpg").write_bytes(data)
-            make(Path(folder) / "in", Path(folder) / "shards", shard_size=125, workers=1)
+            size = max(1, len(images) // 8)  # webdataset's workers need shards each
+            make(Path(folder) / "in", Path(folder) / "shards", shard_size=size, workers=1)
             dataset = Dataset.open(Path(folder) / "shards")
         for stage in arguments.stages:
             os.sched_setaffinity(0, cores if stage == "loader" else {arguments.core})
