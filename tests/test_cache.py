@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from fault_server import FaultServer, cut, status, trickle
+from fault_server import FaultServer, cut, serve_dataset, status, trickle
 
 from mim import build
 from mim.config import ConfigError
@@ -330,16 +330,8 @@ def test_a_forked_child_does_not_release_its_parents_shards(server, cache):
 
 @pytest.fixture
 def remote_dataset(shards, server, tmp_path):
-    """A dataset folder whose shards lie on the server, and the bytes of each."""
-    source, folder = shards / "train", tmp_path / "dataset"
-    folder.mkdir()
-    lock = json.loads((source / LOCK).read_text())
-    for shard in lock["shards"]:
-        shard["url"] = server.put(f"/photos/{shard['file']}", (source / shard["file"]).read_bytes())
-        index = Path(shard["file"]).with_suffix(".npy")
-        (folder / index).write_bytes((source / index).read_bytes())
-    (folder / LOCK).write_text(json.dumps(lock))
-    return folder
+    """A dataset folder whose shards lie on the server."""
+    return serve_dataset(server, shards / "train", tmp_path / "dataset")
 
 
 def read_all(dataset):
@@ -384,11 +376,11 @@ def test_an_index_that_the_right_shard_contradicts_is_a_data_error(remote_datase
     dataset = Dataset.open(remote_dataset, cache_dir=tmp_path / "cache")
     with pytest.raises(DataError, match="differs from the index"):
         read_all(dataset)
-    assert server.count("/photos/shard-00000.tar") == 1
+    assert server.count("/shard-00000.tar") == 1
 
 
 def test_a_shard_that_is_not_the_one_of_the_lock_is_downloaded_twice_and_no_more(remote_dataset, tmp_path, server):
-    path = "/photos/shard-00000.tar"
+    path = "/shard-00000.tar"
     server.put(path, server.entries[path].body[::-1])
     with pytest.raises(DataError, match="is not the shard of the lock"):
         read_all(Dataset.open(remote_dataset, cache_dir=tmp_path / "cache"))

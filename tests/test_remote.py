@@ -252,6 +252,11 @@ def test_a_server_without_ranges_serves_the_whole_and_refuses_parts(server, remo
         remote.pread(url, 10, 10)
 
 
+def test_a_length_that_is_no_number_is_not_believed(server, remote):
+    strange = Fault("strange length", status=200, headers={"Content-Length": "many"})
+    assert_fails(server, remote, strange, StorageError, "answers no range requests")
+
+
 def test_another_range_than_the_one_asked_for_is_never_taken(server, remote):
     wrong = Fault("wrong range", content_range="bytes 0-249999/300000")
     assert_recovers(server, remote, [wrong])
