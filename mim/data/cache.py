@@ -149,7 +149,7 @@ class ShardCache:
             release(descriptor)
             path.unlink(missing_ok=True)  # whoever has it open goes on until an index contradicts it
             return None
-        os.utime(path, ns=(time.time_ns(), STAMP), follow_symlinks=False)
+        os.utime(descriptor, ns=(time.time_ns(), STAMP))
         return descriptor
 
     def _download(self, name: str, shard: RemoteShard) -> None:
@@ -172,7 +172,7 @@ class ShardCache:
                             f"again or index it again"
                         )
                 os.fsync(descriptor)
-                os.utime(part, ns=(time.time_ns(), STAMP), follow_symlinks=False)
+                os.utime(descriptor, ns=(time.time_ns(), STAMP))
                 part.rename(path)
             except OSError as error:
                 if error.errno in NO_SPACE or os.fstat(descriptor).st_size == 0:
