@@ -208,6 +208,7 @@ def test_another_size_at_the_address_is_a_data_error(server, cache, known):
     server.put("/a.tar", BODY + b"more")
     with pytest.raises(DataError, match=r"/a\.tar has 200004 bytes instead of the 200000 of the lock"):
         cache.pread(shard, 0, 10)
+    assert published(cache) == unfinished(cache) == []
 
 
 def test_a_shard_of_unknown_hash_is_named_by_its_etag_and_its_hash_is_recorded(server, cache):
@@ -230,9 +231,10 @@ def test_a_server_that_fails_is_a_storage_error_that_names_the_shard(server, cac
 def test_the_shards_used_longest_ago_are_evicted(server, cache):
     cache.limit = 3 * len(BODY)
     shards = [put(server, f"/{i}.tar", bytes([i]) * len(BODY)) for i in range(4)]
-    for shard in (*shards[:3], shards[0]):
+    for age, shard in enumerate(reversed(shards[:3])):
         cache.fetch(shard)
-        time.sleep(0.01)
+        os.utime(cache.folder / f"{shard.sha256}.tar", ns=(time.time_ns() - (age + 3) * 10**9, STAMP))
+    cache.fetch(shards[0])  # the oldest becomes the newest
     cache.fetch(shards[3])
     assert published(cache) == sorted(f"{shards[i].sha256}.tar" for i in (0, 2, 3))
 
