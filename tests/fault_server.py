@@ -8,6 +8,7 @@ with FaultServer() as server:
 
 import contextlib
 import http.server
+import json
 import re
 import socket
 import struct
@@ -15,6 +16,9 @@ import threading
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
+from pathlib import Path
+
+from mim.data.shards import LOCK
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,19 @@ class Entry:
     etag: str | None
     faults: list[Fault]
     then: Fault | None  # the fault of every further request
+
+
+def serve_dataset(server, source, folder, *, faults=lambda body: ()):
+    """Make `folder` a dataset like `source`, with its shards on the server and only lock and indices local."""
+    folder.mkdir(parents=True)
+    lock = json.loads((source / LOCK).read_text())
+    for shard in lock["shards"]:
+        body = (source / shard["file"]).read_bytes()
+        shard["url"] = server.put(f"/{shard['file']}", body, faults=faults(body))
+        index = Path(shard["file"]).with_suffix(".npy")
+        (folder / index).write_bytes((source / index).read_bytes())
+    (folder / LOCK).write_text(json.dumps(lock))
+    return folder
 
 
 class FaultServer:
@@ -151,7 +168,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             server.stopping.wait(60)
             return self.end()
         if entry is None or fault.status is not None:
-            return self.head(fault.status or 404, fault.headers | {"Content-Length": "0"}, fault)
+            return self.head(fault.status or 404, {"Content-Length": "0"} | fault.headers, fault)
         headers = {"ETag": etag} if etag else {}
         if self.headers.get("If-Match", etag) != etag:
             return self.head(412, {**headers, "Content-Length": "0"}, fault)

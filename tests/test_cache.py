@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from fault_server import FaultServer, cut, status, trickle
+from fault_server import FaultServer, cut, serve_dataset, status, trickle
 
 from mim import build
 from mim.config import ConfigError
@@ -208,6 +208,7 @@ def test_another_size_at_the_address_is_a_data_error(server, cache, known):
     server.put("/a.tar", BODY + b"more")
     with pytest.raises(DataError, match=r"/a\.tar has 200004 bytes instead of the 200000 of the lock"):
         cache.pread(shard, 0, 10)
+    assert published(cache) == unfinished(cache) == []
 
 
 def test_a_shard_of_unknown_hash_is_named_by_its_etag_and_its_hash_is_recorded(server, cache):
@@ -230,9 +231,10 @@ def test_a_server_that_fails_is_a_storage_error_that_names_the_shard(server, cac
 def test_the_shards_used_longest_ago_are_evicted(server, cache):
     cache.limit = 3 * len(BODY)
     shards = [put(server, f"/{i}.tar", bytes([i]) * len(BODY)) for i in range(4)]
-    for shard in (*shards[:3], shards[0]):
+    for age, shard in enumerate(reversed(shards[:3])):
         cache.fetch(shard)
-        time.sleep(0.01)
+        os.utime(cache.folder / f"{shard.sha256}.tar", ns=(time.time_ns() - (age + 3) * 10**9, STAMP))
+    cache.fetch(shards[0])  # the oldest becomes the newest
     cache.fetch(shards[3])
     assert published(cache) == sorted(f"{shards[i].sha256}.tar" for i in (0, 2, 3))
 
@@ -330,16 +332,8 @@ def test_a_forked_child_does_not_release_its_parents_shards(server, cache):
 
 @pytest.fixture
 def remote_dataset(shards, server, tmp_path):
-    """A dataset folder whose shards lie on the server, and the bytes of each."""
-    source, folder = shards / "train", tmp_path / "dataset"
-    folder.mkdir()
-    lock = json.loads((source / LOCK).read_text())
-    for shard in lock["shards"]:
-        shard["url"] = server.put(f"/photos/{shard['file']}", (source / shard["file"]).read_bytes())
-        index = Path(shard["file"]).with_suffix(".npy")
-        (folder / index).write_bytes((source / index).read_bytes())
-    (folder / LOCK).write_text(json.dumps(lock))
-    return folder
+    """A dataset folder whose shards lie on the server."""
+    return serve_dataset(server, shards / "train", tmp_path / "dataset")
 
 
 def read_all(dataset):
@@ -384,11 +378,11 @@ def test_an_index_that_the_right_shard_contradicts_is_a_data_error(remote_datase
     dataset = Dataset.open(remote_dataset, cache_dir=tmp_path / "cache")
     with pytest.raises(DataError, match="differs from the index"):
         read_all(dataset)
-    assert server.count("/photos/shard-00000.tar") == 1
+    assert server.count("/shard-00000.tar") == 1
 
 
 def test_a_shard_that_is_not_the_one_of_the_lock_is_downloaded_twice_and_no_more(remote_dataset, tmp_path, server):
-    path = "/photos/shard-00000.tar"
+    path = "/shard-00000.tar"
     server.put(path, server.entries[path].body[::-1])
     with pytest.raises(DataError, match="is not the shard of the lock"):
         read_all(Dataset.open(remote_dataset, cache_dir=tmp_path / "cache"))

@@ -1,18 +1,19 @@
 import json
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from fault_server import FaultServer, status
+import yaml
+from fault_server import FaultServer, cut, serve_dataset, status
 
+from mim import train
 from mim.contracts import StorageError
 from mim.data import prefetch
 from mim.data.augment import center
 from mim.data.order import Order, Plan
 from mim.data.prefetch import Prefetcher
-from mim.data.shards import LOCK, Dataset
+from mim.data.shards import Dataset
 from mim.data.stream import loader
 
 
@@ -25,14 +26,7 @@ def server():
 @pytest.fixture
 def dataset(shards, server, tmp_path):
     """The training set with its shards on the server, and an empty cache."""
-    source, folder = shards / "train", tmp_path / "dataset"
-    folder.mkdir()
-    lock = json.loads((source / LOCK).read_text())
-    for shard in lock["shards"]:
-        shard["url"] = server.put(f"/{shard['file']}", (source / shard["file"]).read_bytes())
-        index = Path(shard["file"]).with_suffix(".npy")
-        (folder / index).write_bytes((source / index).read_bytes())
-    (folder / LOCK).write_text(json.dumps(lock))
+    folder = serve_dataset(server, shards / "train", tmp_path / "dataset")
     return Dataset.open(folder, cache_dir=tmp_path / "cache")
 
 
@@ -170,3 +164,26 @@ def test_a_loader_waits_for_its_workers_longer_than_the_store_for_a_server(datas
     assert timeout(dataset, timeout=1) > dataset.cache.remote.patience.until(largest)
     assert timeout(dataset, timeout=0) == 0
     assert timeout(Dataset.open(shards / "train"), timeout=1) == 1
+
+
+@pytest.mark.slow
+def test_a_run_over_a_faulty_server_has_the_losses_of_a_run_over_local_shards(shards, recipe, server, tmp_path):
+    def faults(body):
+        return [status(503), cut(1000), cut(len(body) // 2, length=False), cut(10_000, reset=True)]
+
+    def losses(name, path):
+        sections = recipe("mae")
+        sections["data"]["path"] = str(path)
+        sections["optim"]["length"] = "12 steps"
+        machine = {"run": str(tmp_path / name), "cache_dir": str(tmp_path / "cache"), "cache_limit": 1.0}
+        sections["train"] = {"workers": 2, "cpu": True, "log_every": "1 steps", **machine}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(sections))
+        assert train.main(str(tmp_path / f"{name}.yaml"), []) == train.DONE
+        lines = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        return [(line["loss"], line["fingerprint"]) for line in lines if "loss" in line]
+
+    faulty = serve_dataset(server, shards / "train", tmp_path / "faulty", faults=faults)
+    found, expected = losses("remote", faulty), losses("local", shards / "train")
+    assert len(expected) == 12
+    assert found == expected
+    assert {tuple(fired) for fired in server.fired.values()} == {("status 503", "cut", "cut", "reset")}

@@ -252,6 +252,11 @@ def test_a_server_without_ranges_serves_the_whole_and_refuses_parts(server, remo
         remote.pread(url, 10, 10)
 
 
+def test_a_length_that_is_no_number_is_not_believed(server, remote):
+    strange = Fault("strange length", status=200, headers={"Content-Length": "many"})
+    assert_fails(server, remote, strange, StorageError, "answers no range requests")
+
+
 def test_another_range_than_the_one_asked_for_is_never_taken(server, remote):
     wrong = Fault("wrong range", content_range="bytes 0-249999/300000")
     assert_recovers(server, remote, [wrong])
@@ -440,6 +445,26 @@ def test_a_hub_address_sends_the_token_to_the_hub_alone(server, remote, monkeypa
     with pytest.raises(StorageError, match="redirects to https://evil") as raised:
         remote.pread("hf://datasets/me/photos@v1/train/a.tar", 9, 10)
     assert_no_secret(raised.value)
+
+
+def test_the_hub_may_redirect_to_its_own_hosts_which_do_not_get_the_token(certificate, monkeypatch):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    monkeypatch.setenv("HF_TOKEN", "hf_planted")
+    monkeypatch.setattr(endpoint, "HUGGING_FACE_CDN", ("127.0.0.1",))
+    with FaultServer(tls=context) as hub, FaultServer(tls=context) as cdn:
+        monkeypatch.setattr(endpoint, "HUGGING_FACE", hub.url(""))
+        path = "/datasets/me/photos/resolve/main/a.tar"
+        hub.put(path, b"", then=redirect(cdn.put("/blob", BODY, etag='"c"', faults=[cut(10_000)]) + "?Signature=x"))
+        remote = Remote(HASTE)
+        assert remote.pread("hf://datasets/me/photos/a.tar", 9, 50_000) == BODY[9:50_009]
+        assert hub.requests[path][0]["Authorization"] == "Bearer hf_planted"
+        assert (cdn.fired["/blob"], cdn.count("/blob")) == (["cut"], 2)
+        assert not [request for request in cdn.requests["/blob"] if "Authorization" in request]
+        cdn.put("/blob", BODY, etag='"d"')
+        with pytest.raises(DataError, match=r"hf://datasets/me/photos/a\.tar was overwritten"):
+            remote.pread("hf://datasets/me/photos/a.tar", 9, 10)
 
 
 def test_a_google_address_sends_a_bearer_token_and_hides_it(server, remote, monkeypatch):

@@ -34,7 +34,8 @@ from mim.log import say
 
 FOLDER = "~/.cache/mimstream/shards"
 STAMP = 10**18  # time of modification, ns: proven, and not written since
-MAX_OPEN = 8  # shards that a process keeps open, and thereby in the cache
+TOUCH_EVERY = 10**9  # ns; being used is noted no more often, each time is a write to the disk
+MAX_OPEN = 4  # shards that a process keeps open, and thereby in the cache
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CHUNK = 1 << 20  # bytes hashed at a time
 
@@ -84,7 +85,10 @@ class ShardCache:
             return False  # it gave no bytes
         held = os.fstat(self._open[name])
         release(self._open.pop(name))
-        descriptor = self._open_sound(name, shard, rehash=True)
+        try:
+            descriptor = self._open_sound(name, shard, rehash=True)
+        except OSError as error:
+            raise self._disk_error(shard, error) from error
         if descriptor is None:
             return True
         replaced = not os.path.samestat(os.fstat(descriptor), held)  # by another process that found it, too
@@ -149,7 +153,8 @@ class ShardCache:
             release(descriptor)
             path.unlink(missing_ok=True)  # whoever has it open goes on until an index contradicts it
             return None
-        os.utime(path, ns=(time.time_ns(), STAMP), follow_symlinks=False)
+        if time.time_ns() - found.st_atime_ns > TOUCH_EVERY or found.st_mtime_ns != STAMP:
+            os.utime(descriptor, ns=(time.time_ns(), STAMP))
         return descriptor
 
     def _download(self, name: str, shard: RemoteShard) -> None:
@@ -166,14 +171,16 @@ class ShardCache:
                     if self._receive(descriptor, path, shard):
                         break
                     if attempt == 2:
-                        part.unlink()
                         raise DataError(
                             f"{redact(shard.url)} is not the shard of the lock (its sha256 differs, twice); upload it "
                             f"again or index it again"
                         )
                 os.fsync(descriptor)
-                os.utime(part, ns=(time.time_ns(), STAMP), follow_symlinks=False)
+                os.utime(descriptor, ns=(time.time_ns(), STAMP))
                 part.rename(path)
+            except DataError:
+                part.unlink(missing_ok=True)  # bytes of another object
+                raise
             except OSError as error:
                 if error.errno in NO_SPACE or os.fstat(descriptor).st_size == 0:
                     part.unlink(missing_ok=True)

@@ -37,7 +37,10 @@ def is_remote(location: str) -> bool:
         )
     shown = redact(location)
     if "@" in location[len(scheme) + 3 :].partition("/")[0] or shown.endswith("://***"):
-        raise ConfigError(f"{shown}: credentials do not belong into an address; leave them to the environment")
+        raise ConfigError(
+            f"{shown}: what follows {scheme}:// must be a plain host (ASCII) or bucket; credentials do not belong into "
+            f"an address, leave them to the environment"
+        )
     if any(character < " " or character == "\x7f" for character in location):
         raise ConfigError(f"{shown!r} holds a control character, which no address has; correct it")
     if not urlsplit(location).hostname:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -30,7 +30,7 @@ class Locator(Protocol):
     def locate(self, positions: Sequence[int] | np.ndarray) -> Slots: ...
 
 
-class Prefetcher(Collection[MicroBatch]):
+class Prefetcher(Iterable[MicroBatch]):
     """The micro-batches of a plan, with their remote shards fetched ahead while they are handed out."""
 
     def __init__(
@@ -50,9 +50,6 @@ class Prefetcher(Collection[MicroBatch]):
 
     def __len__(self) -> int:
         return len(self.plan)
-
-    def __contains__(self, micro: object) -> bool:
-        return any(micro is other for other in self.plan)
 
     def __iter__(self) -> Iterator[MicroBatch]:
         """Start anew, as a sampler does. The thread ends when the iterator is used up or closed."""
@@ -89,35 +86,32 @@ class _Walk:
             self.moved.notify()
 
     def run(self) -> None:
+        """Walk, and fetch on the way what is used for the first time."""
         try:
             for number, micro in enumerate(self.prefetcher.plan):
                 if number <= self.reached:  # the loader is there already
                     continue
                 positions = micro.positions if len(micro.positions) else [micro.filler]
-                for shard in dict.fromkeys(self.order.locate(positions).shard.tolist()):
-                    if shard in self.prefetcher.shards and not self._fetch(shard, number):
+                used = dict.fromkeys(self.order.locate(positions).shard.tolist(), number)  # in the order of their use
+                new = [shard for shard in used if shard in self.prefetcher.shards and shard not in self.last_use]
+                self.last_use |= {shard: number for shard in used if shard in self.prefetcher.shards}
+                self._wait_until_near(number)
+                for shard in new:
+                    if self.stopped:
                         return
+                    with contextlib.suppress(ConfigError, DataError, StorageError):  # the reader will meet it, loudly
+                        self.cache.fetch(self.prefetcher.shards[shard])
         finally:
             self.cache.close()
 
-    def _fetch(self, number_of_shard: int, number: int) -> bool:
-        """Fetch a shard once it is near enough; False when the loader has ended."""
-        shard = self.prefetcher.shards[number_of_shard]
-        new = number_of_shard not in self.last_use
-        self.last_use[number_of_shard] = number
+    def _wait_until_near(self, number: int) -> None:
         with self.moved:
             self.moved.wait_for(lambda: self.stopped or self._is_near(number))
-        if self.stopped:
-            return False
-        if new:
-            with contextlib.suppress(ConfigError, DataError, StorageError):  # the reader will meet it, and say so
-                self.cache.fetch(shard)
-        return True
 
     def _is_near(self, number: int) -> bool:
-        """Whether the shards between the loader and a micro-batch are few enough."""
+        """Whether the shards between the loader and a micro-batch are few enough; those behind it are forgotten."""
+        if number <= self.reached + 1:
+            return True
         self.last_use = {shard: use for shard, use in self.last_use.items() if use >= self.reached}
         size = sum(self.prefetcher.shards[shard].size for shard in self.last_use)
-        return number <= self.reached + 1 or (
-            size <= self.prefetcher.max_bytes and number - self.reached <= MAX_MICRO_BATCHES
-        )
+        return size <= self.prefetcher.max_bytes and number - self.reached <= MAX_MICRO_BATCHES

@@ -159,10 +159,9 @@ class Remote:
         if response.getheader("Content-Encoding", "identity") != "identity":
             raise StorageError(f"cannot read {shown}: the server sends it compressed, so ranges of it have no meaning")
         if response.status == 200:  # the server ignores ranges; the whole from its beginning will do
-            length = response.getheader("Content-Length")
-            if start or length is None:
+            if start or response.length is None:
                 raise StorageError(f"cannot read a part of {shown}: the server answers no range requests; copy it here")
-            first, last, size = 0, end - 1, int(length)
+            first, last, size = 0, end - 1, response.length
         else:
             match = re.fullmatch(r"bytes (?:(\d+)-(\d+)|\*)/(\d+)", response.getheader("Content-Range", ""))
             if match is None:
