@@ -54,6 +54,7 @@ class Dataset:
         self.path = path
         self.id: str = lock["dataset_id"]
         self.counts = np.array([shard["count"] for shard in lock["shards"]], dtype=np.int64)
+        self._ends = np.cumsum(self.counts)
         self.classes: list[str] | None = lock["schema"]["classes"]
         self.mean: list[float] = lock["statistics"]["mean"]  # per channel, of pixels in [0, 1]
         self.std: list[float] = lock["statistics"]["std"]
@@ -129,9 +130,8 @@ class Dataset:
 
     def locate(self, sample: int) -> tuple[int, int]:
         """(shard, row) of a sample by its number in the order of the lock."""
-        ends = np.cumsum(self.counts)
-        shard = int(np.searchsorted(ends, sample, side="right"))
-        return shard, int(sample - (ends[shard] - self.counts[shard]))
+        shard = int(np.searchsorted(self._ends, sample, side="right"))
+        return shard, int(sample - (self._ends[shard] - self.counts[shard]))
 
     def _record(self, shard: int, row: int) -> tuple[int, dict[str, tuple[int, int, int]]]:
         """Hash of the key, and (offset, size, crc32) of each member."""
