@@ -112,7 +112,8 @@ class Dataset:
             content[name] = data[offset - start : offset - start + size]
             if self._proofs[shard] == "headers":
                 header = data[offset - start - tar.BLOCK : offset - start]
-                if tar.parse(header, self._locations[shard], offset - tar.BLOCK)[0] != size:
+                of = split_name(self._name(shard, offset - tar.BLOCK, header, expected))[0]
+                if tar.parse(header, where, offset - tar.BLOCK)[0] != size or key_hash(of) != expected:
                     raise DataError(f"{where}: the header of the {name} differs from the index; index the shard again")
             elif zlib.crc32(content[name]) != crc:
                 raise DataError(
