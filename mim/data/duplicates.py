@@ -9,6 +9,7 @@ import numpy as np
 
 from mim.contracts import DataError
 from mim.data.shards import Dataset
+from mim.data.store import Store
 
 
 def keys(
@@ -52,13 +53,13 @@ def contents(dataset: Dataset, marks: dict[int, np.ndarray]) -> list[list[str]]:
     marks: shard -> (count,) uint64 of CRC32 and size, 0 for what could not be read. Equal marks are confirmed by
     reading these images again.
     """
-    same = []
+    same, store = [], Store()
     for group in _equal(marks):
         if not marks[group[0][0]][group[0][1]]:
             continue
         found: dict[bytes, list[str]] = {}
         for shard, row in group:
-            sample = dataset.read(shard, row)
+            sample = dataset.read_with(store, shard, row)
             found.setdefault(hashlib.sha256(sample.image).digest(), []).append(sample.key)
         same += [names for names in found.values() if len(names) > 1]
     return same
@@ -80,6 +81,6 @@ def _equal(columns: dict[int, np.ndarray]) -> Iterator[list[tuple[int, int]]]:
 
 def _name(dataset: Dataset, shard: int, row: int) -> str:
     try:
-        return dataset.read(shard, row).key
+        return dataset.read_with(Store(), shard, row).key
     except DataError:  # damaged, and reported so
         return f"{dataset.location(shard)}/(row {row})"
