@@ -10,6 +10,7 @@ import pytest
 import webdataset
 from PIL import Image
 
+from mim import config, train
 from mim.config import ConfigError
 from mim.contracts import DataError
 from mim.data.index import Options, Task, index, index_shard
@@ -119,6 +120,29 @@ def test_a_header_that_changed_is_found_although_only_headers_were_indexed(tars,
         dataset.read(1, 2)
     assert dataset.read(1, 3) == good[8]
     assert not verify(tmp_path / "out", workers=1).clean
+
+
+def test_members_that_changed_places_are_found_although_only_headers_were_indexed(tmp_path):
+    """The same names and sizes in another order: the first header of a sample is right, the second is another's."""
+    names = ["a.jpg", "a.cls", "b.jpg", "b.cls"]
+    contents = {"a.jpg": picture(0), "b.jpg": picture(0), "a.cls": b"0", "b.cls": b"1"}
+    path = write_tar(tmp_path / "x.tar", [(name, contents[name]) for name in names])
+    index([str(path)], tmp_path / "out", labels="cls", headers_only=True, workers=1)
+    swapped = ["a.jpg", "b.cls", "b.jpg", "a.cls"]
+    write_tar(path, [(name, contents[name]) for name in swapped])
+    for row in range(2):
+        with pytest.raises(DataError, match="the header of the label differs"):
+            Dataset.open(tmp_path / "out").read(0, row)
+
+
+@pytest.mark.parametrize("headers_only", [False, True])
+def test_a_recipe_trains_on_indexed_tars(tars, tmp_path, recipe, headers_only):
+    index([str(tars)], tmp_path / "out", headers_only=headers_only, workers=1)
+    sections = recipe() | {"train": {"cpu": True, "workers": 0, "run": str(tmp_path / "run")}}
+    sections["data"]["path"] = str(tmp_path / "out")
+    (tmp_path / "recipe.yaml").write_text(config.to_yaml(sections))
+    assert train.main(str(tmp_path / "recipe.yaml"), []) == 0
+    assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "done"
 
 
 def test_an_unreadable_image_that_is_not_proven_is_no_quarantine(tmp_path):

@@ -69,7 +69,7 @@ def test_a_make_that_is_killed_at_any_time_and_repeated_gives_the_same_bytes(fol
     whole, duration = hashes(tmp_path / "whole"), time.monotonic() - began
     rng = random.Random(0)
     killed = 0
-    for attempt in range(6):
+    for attempt in range(4):
         out = tmp_path / f"killed{attempt}"
         for _ in range(2):
             killed += kill_after(rng.uniform(0.05, 1.0) * duration, folder, out, **options) == -signal.SIGKILL
@@ -77,7 +77,7 @@ def test_a_make_that_is_killed_at_any_time_and_repeated_gives_the_same_bytes(fol
             assert all(hashes(f.parent)[f.name] in whole.values() for f in finished)  # never half a shard
         make(folder, out, **options)
         assert hashes(out) == whole
-    assert killed > 3
+    assert killed >= 2  # the fault has fired
 
 
 def test_finished_shards_of_a_killed_make_are_kept_and_damaged_ones_are_made_again(folder, tmp_path, monkeypatch):
@@ -280,6 +280,18 @@ def test_tars_are_written_anew_with_their_labels(tmp_path):
     assert [bad["file"] for bad in report.left_out] == ["part-0.tar/text", "part-1.tar/text"]
     again = make(tmp_path / "in/part-{0..1}.tar", tmp_path / "braces", labels="cls", shard_size=4, workers=1)
     assert Dataset.open(again.path).id == Dataset.open(report.path).id
+
+
+def test_a_cut_tar_is_refused_wherever_it_was_cut(tmp_path):
+    write_tar(tmp_path / "x.tar", [(f"{i}.jpg", picture(i)) for i in range(5)])
+    whole = (tmp_path / "x.tar").read_bytes()
+    with tarfile.open(tmp_path / "x.tar") as archive:
+        headers = [member.offset for member in archive]
+        end = archive.offset  # behind the first of the two blocks that end it
+    for cut in {*np.random.default_rng(0).integers(1, end, 50).tolist(), *headers[1:], headers[2] + 100, end}:
+        (tmp_path / "x.tar").write_bytes(whole[:cut])
+        with pytest.raises(DataError, match=r"x\.tar, byte \d+: .*truncated"):
+            make(tmp_path / "x.tar", tmp_path / "out", workers=1)
 
 
 def test_labels_are_refused_where_they_mean_nothing(folder, tmp_path):

@@ -220,7 +220,7 @@ def test_equal_contents_and_keys_in_two_shards_are_told_and_are_no_error(copy):
     (copy / LOCK).write_text(json.dumps(lock))
     report = verify(copy, workers=1)
     assert report.clean
-    assert len(report.same_keys) == len(report.same_contents) == 7
+    assert len(report.same_keys) == report.num_same_keys == len(report.same_contents) == 7
     assert {name.partition("/")[0] for name in report.same_contents[0]} == {"shard-00000.tar", "again.tar"}
     assert "same bytes: " in report.text()
 

@@ -9,25 +9,42 @@ import numpy as np
 
 from mim.contracts import DataError
 from mim.data.shards import Dataset
+from mim.data.store import Store
 
 
-def keys(dataset: Dataset, shards: list[int]) -> tuple[list[tuple[int, int, int, str]], list[list[str]]]:
-    """Find samples with the same key: (shard, first row, row, key) within a shard, and lists of "shard/key" across."""
+def keys(
+    dataset: Dataset, shards: list[int], *, named: int
+) -> tuple[list[tuple[int, int, int, str]], list[list[str]], int]:
+    """Find samples with the same key: (shard, first row, row, key) within a shard, and "shard/key" of those across.
+
+    Only the first `named` keys that occur in several shards are named, which reads their samples; all are counted.
+    """
+    within, across, count = [], [], 0
+    for group in _equal(_key_columns(dataset, shards)):
+        if len({shard for shard, _ in group}) > 1:
+            count += 1
+            if count <= named:
+                across.append([_name(dataset, *place) for place in group])
+        for (shard, row), (other, first) in zip(group[1:], group, strict=False):
+            if shard == other:
+                within.append((shard, first, row, _name(dataset, shard, row).partition("/")[2]))
+    return within, across, count
+
+
+def shards_share_keys(dataset: Dataset) -> bool:
+    """Whether a key occurs in several shards."""
+    columns = _key_columns(dataset, list(range(len(dataset.counts))))
+    return any(len({shard for shard, _ in group}) > 1 for group in _equal(columns))
+
+
+def _key_columns(dataset: Dataset, shards: list[int]) -> dict[int, np.ndarray]:
     columns = {}
     for shard in shards:
         try:
             columns[shard] = np.asarray(dataset.index(shard)["key"])
         except DataError:  # an index that is missing is reported with its shard
             continue
-    within, across = [], []
-    for group in _equal(columns):
-        names = [_name(dataset, *place) for place in group]
-        if len({shard for shard, _ in group}) > 1:
-            across.append(names)
-        for (shard, row), (other, first), name in zip(group[1:], group, names[1:], strict=False):
-            if shard == other:
-                within.append((shard, first, row, name.partition("/")[2]))
-    return within, across
+    return columns
 
 
 def contents(dataset: Dataset, marks: dict[int, np.ndarray]) -> list[list[str]]:
@@ -36,13 +53,13 @@ def contents(dataset: Dataset, marks: dict[int, np.ndarray]) -> list[list[str]]:
     marks: shard -> (count,) uint64 of CRC32 and size, 0 for what could not be read. Equal marks are confirmed by
     reading these images again.
     """
-    same = []
+    same, store = [], Store()
     for group in _equal(marks):
         if not marks[group[0][0]][group[0][1]]:
             continue
         found: dict[bytes, list[str]] = {}
         for shard, row in group:
-            sample = dataset.read(shard, row)
+            sample = dataset.read_with(store, shard, row)
             found.setdefault(hashlib.sha256(sample.image).digest(), []).append(sample.key)
         same += [names for names in found.values() if len(names) > 1]
     return same
@@ -64,6 +81,6 @@ def _equal(columns: dict[int, np.ndarray]) -> Iterator[list[tuple[int, int]]]:
 
 def _name(dataset: Dataset, shard: int, row: int) -> str:
     try:
-        return dataset.read(shard, row).key
+        return dataset.read_with(Store(), shard, row).key
     except DataError:  # damaged, and reported so
         return f"{dataset.location(shard)}/(row {row})"

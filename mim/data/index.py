@@ -290,9 +290,9 @@ def _measured(out: Path, lock: dict[str, Any], workers: int | None) -> dict[str,
 
 def _measure(dataset: Dataset, picks: list[int]) -> Written:
     """Decode some samples by their number in the dataset."""
-    written = Written("")
+    written, store = Written(""), Store()
     for pick in picks:
-        sample = dataset.read(*dataset.locate(pick))
+        sample = dataset.read_with(store, *dataset.locate(pick))
         try:
             written.add(*read_pixels(sample.image), sample.label)
         except BadImage as error:

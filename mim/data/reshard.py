@@ -25,7 +25,7 @@ from mim.contracts import DataError, StorageError
 from mim.data import duplicates
 from mim.data.plan import PARTIAL, shard_name
 from mim.data.shards import FORMAT, QUARANTINE, Dataset, dataset_id, is_dataset, read_lock, write_lock
-from mim.data.workers import pool
+from mim.data.workers import opened, pool
 from mim.data.write import sample_of, store_shard
 from mim.log import write_json
 
@@ -52,14 +52,14 @@ def reshard(path: str | Path, out: str | Path, *, num_shards: int, workers: int 
     if not 1 <= num_shards <= len(dataset):
         raise ConfigError(f"--shards {num_shards} must lie from 1 to the {len(dataset)} samples of {path}")
     _check_free(out)
-    qualified = bool(duplicates.keys(dataset, list(range(len(dataset.counts))))[1])
+    qualified = duplicates.shards_share_keys(dataset)
     bounds = [len(dataset) * i // num_shards for i in range(num_shards + 1)]
     work = out / PARTIAL
     try:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         began = time.monotonic()
-        shards = _copy_all(dataset, work, bounds, qualified, workers)
+        shards = _copy_all(path, work, bounds, qualified, workers)
         new_id = _finish(path, out, work, lock, shards, bounds)
     except (StorageError, DataError):
         raise
@@ -79,15 +79,13 @@ def _check_free(out: Path) -> None:
         raise ConfigError(f"{out} is not empty; choose a folder that is empty or new")
 
 
-def _copy_all(
-    dataset: Dataset, work: Path, bounds: list[int], qualified: bool, workers: int | None
-) -> list[dict[str, Any]]:
+def _copy_all(path: Path, work: Path, bounds: list[int], qualified: bool, workers: int | None) -> list[dict[str, Any]]:
     with (
-        tqdm(total=len(dataset), desc="reshard", unit=" images", disable=None) as bar,
+        tqdm(total=bounds[-1], desc="reshard", unit=" images", disable=None) as bar,
         pool(workers, len(bounds) - 1) as processes,
     ):
         futures = [
-            processes.submit(_copy, dataset, work / shard_name(i), start, end, qualified)
+            processes.submit(_copy, path, work / shard_name(i), start, end, qualified)
             for i, (start, end) in enumerate(itertools.pairwise(bounds))
         ]
         for future in as_completed(futures):
@@ -98,8 +96,9 @@ def _copy_all(
     return [future.result() for future in futures]
 
 
-def _copy(dataset: Dataset, target: Path, start: int, end: int, qualified: bool) -> dict[str, Any]:
+def _copy(path: Path, target: Path, start: int, end: int, qualified: bool) -> dict[str, Any]:
     """Write the samples `start` to `end` of a dataset as one shard; return its entry in the lock."""
+    dataset, _ = opened(path)
 
     def samples() -> Iterator[dict[str, Any]]:
         for number in range(start, end):

@@ -34,12 +34,13 @@ from mim.data.decode import FORMATS, BadImage
 from mim.data.parts import WHOLE, Part, read_parts, remove_parts
 from mim.data.shards import QUARANTINE, Dataset, read_lock
 from mim.data.store import Store
-from mim.data.workers import pool
+from mim.data.workers import opened, pool
 from mim.data.write import Written, read_pixels, statistics_of
 from mim.log import write_json
 
 STEM = QUARANTINE.removesuffix(".json")  # of the files that parts leave
 QUARANTINE_FORMAT = 1
+NAMED = 100  # keys in several shards: foreign tars may share all of them
 SHOWN = 10  # findings of a kind in the text for people; JSON has them all
 BITS = {"1": 1, "I;16": 16, "I;16L": 16, "I;16B": 16, "I;16N": 16, "I": 32, "F": 32}  # other modes: 8
 
@@ -80,7 +81,8 @@ class VerifyReport:
     seconds: float
     images_per_second: float
     findings: list[Finding]
-    same_keys: list[list[str]]  # "shard/key" of samples of several shards that share a key
+    num_same_keys: int  # keys that occur in several shards
+    same_keys: list[list[str]]  # "shard/key" of their samples, for the first NAMED of them
     same_contents: list[list[str]]  # "shard/key" of images with the same bytes
     decoded: dict[str, Any] | None  # modes and statistics of all images
     quarantine: Path | None  # the file that was written
@@ -103,10 +105,14 @@ class VerifyReport:
             lines += [f"{kind}: {_where(finding)}: {finding.reason}" for finding in found[:SHOWN]]
             if len(found) > SHOWN:
                 lines.append(f"{kind}: {len(found) - SHOWN} more; --json names all")
-        for name, groups in (("same key", self.same_keys), ("same bytes", self.same_contents)):
+        told = (
+            ("same key", self.same_keys, self.num_same_keys),
+            ("same bytes", self.same_contents, len(self.same_contents)),
+        )
+        for name, groups, count in told:
             lines += [f"{name}: {', '.join(group)}" for group in groups[:SHOWN]]
-            if len(groups) > SHOWN:
-                lines.append(f"{name}: {len(groups) - SHOWN} more; --json names all")
+            if count > SHOWN:
+                lines.append(f"{name}: {count - SHOWN} more")
         if self.quarantine is not None:
             lines.append(f"wrote {self.quarantine}")
         kinds = Counter(finding.kind for finding in self.findings)
@@ -131,10 +137,10 @@ def verify(
     dataset = Dataset(path, lock)  # not `open`: what that refuses is reported here, for all shards
     shards = (part or WHOLE).take(list(range(len(lock["shards"]))))
     began = time.monotonic()
-    checked = _check_all(dataset, lock, shards, decode, workers)
+    checked = _check_all(path, lock, shards, decode, workers)
     seconds = time.monotonic() - began
     findings = [finding for one in checked for finding in one.findings]
-    twice, same_keys = duplicates.keys(dataset, shards)
+    twice, same_keys, num_same_keys = duplicates.keys(dataset, shards, named=NAMED)
     findings += [
         Finding("duplicate_key", lock["shards"][shard]["file"], row, key, f"row {first} of the shard has the same key")
         for shard, first, row, key in twice
@@ -150,6 +156,7 @@ def verify(
         seconds=round(seconds, 3),
         images_per_second=round(samples / max(seconds, 1e-9), 1),
         findings=findings,
+        num_same_keys=num_same_keys,
         same_keys=same_keys,
         same_contents=duplicates.contents(dataset, {one.shard: one.contents for one in checked}),
         decoded=_decoded(checked) if decode else None,
@@ -173,20 +180,25 @@ def join_quarantines(path: Path) -> int | None:
 
 
 def _check_all(
-    dataset: Dataset, lock: dict[str, Any], shards: list[int], decode_images: bool, workers: int | None
+    path: Path, lock: dict[str, Any], shards: list[int], decode_images: bool, workers: int | None
 ) -> list[Checked]:
     total = sum(lock["shards"][shard]["count"] for shard in shards)
     with (
         tqdm(total=total, desc="verify", unit=" images", disable=None) as bar,
         pool(workers, len(shards)) as processes,
     ):
-        futures = {processes.submit(check_shard, dataset, lock["shards"][s], s, decode_images): s for s in shards}
+        futures = {processes.submit(_check, path, shard, decode_images): shard for shard in shards}
         for future in as_completed(futures):
             if error := future.exception():
                 processes.shutdown(cancel_futures=True)
                 raise error
             bar.update(lock["shards"][futures[future]]["count"])
     return [future.result() for future in futures]
+
+
+def _check(path: Path, shard: int, decode_images: bool) -> Checked:
+    dataset, entries = opened(path)
+    return check_shard(dataset, entries[shard], shard, decode_images)
 
 
 def check_shard(dataset: Dataset, entry: dict[str, Any], shard: int, decode_images: bool) -> Checked:
