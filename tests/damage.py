@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mim.data.shards import LOCK, Dataset, build_index, dataset_id
+from mim.data.members import build_index
+from mim.data.shards import LOCK, Dataset, dataset_id
 
 DAMAGES = {
     "cut": lambda data: data[: len(data) // 2],
@@ -29,7 +30,7 @@ def spoil_images(path: Path, samples: list[int], kind: str = "cut") -> Dataset:
             rewrite(path / shard["file"], rows, kind)
             content = (path / shard["file"]).read_bytes()
             shard |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-            index = build_index(path / shard["file"], labelled=lock["schema"]["classes"] is not None)
+            index = build_index(str(path / shard["file"]), labelled=lock["schema"]["classes"] is not None)
             np.save((path / shard["file"]).with_suffix(".npy"), index, allow_pickle=False)
     lock["dataset_id"] = dataset_id(lock["shards"], lock["schema"])
     (path / LOCK).write_text(json.dumps(lock))

@@ -140,12 +140,12 @@ def test_a_folder_that_is_missing_is_refused(refused, tmp_path):
 def test_a_folder_without_images_is_refused_with_the_endings_that_were_found(refused, tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
-    for name in ("a.txt", "b.txt", "c.npy", "README"):
+    for name in ("a.txt", "b.txt", "c.csv", "README"):
         (folder / name).write_text("no image")
     message = refused("shards", "make", folder, tmp_path / "out")
     assert "holds no images" in message
     assert "found: .txt (2), " in message
-    assert ".npy (1)" in message
+    assert ".csv (1)" in message
     assert "(none) (1)" in message
 
 

@@ -68,7 +68,10 @@ def test_a_stop_signal_lets_the_trainings_save_and_stop(shards, tmp_path, monkey
     run = tmp_path / "mae"
 
     def stop_after_the_first_step():
+        deadline = time.monotonic() + 240
         while not (run / "log.jsonl").is_file() or not (run / "log.jsonl").read_text():
+            if time.monotonic() > deadline:
+                return
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGTERM)
 

@@ -172,18 +172,23 @@ def test_many_codes_are_in_use_before_the_first_step():
     assert codes.unique().numel() > 20  # with the published initialisation: 1 to 4
 
 
-def test_a_short_training_keeps_its_codes_and_beats_the_mean_colour():
-    torch.manual_seed(0)
-    cfg = dvae.Config(**{**vars(SMALL), "num_codes": 32, "num_groups": 2, "kl_weight": 0.3, "temperature_decay": 0.7})
-    tokenizer = dvae.build(cfg)
-    optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=1e-2)
-    images = smooth_pictures(16, pixels=8)
-    for step in range(100):
-        batch = {"images": images, "noise": torch.arange(16) + 16 * step}
-        tokenizer.loss(batch, torch.tensor(step / 100))["loss"].mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    codes = tokenizer.encode(images)
-    error = (tokenizer.decode(codes, (4, 4)) - images).square().mean()
-    assert codes.unique().numel() >= 8
-    assert error < 0.5 * (images - images.mean(dim=(2, 3), keepdim=True)).square().mean()
+def test_short_trainings_keep_their_codes_and_beat_the_mean_colour():
+    """Three seeds: how many codes one of them ends with is chance; that all of them keep some is not."""
+    kept = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        options = {**vars(SMALL), "num_codes": 32, "num_groups": 2, "kl_weight": 0.3, "temperature_decay": 0.7}
+        tokenizer = dvae.build(dvae.Config(**options))
+        optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=1e-2)
+        images = smooth_pictures(16, pixels=8)
+        for step in range(100):
+            batch = {"images": images, "noise": torch.arange(16) + 16 * step}
+            tokenizer.loss(batch, torch.tensor(step / 100))["loss"].mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        codes = tokenizer.encode(images)
+        error = (tokenizer.decode(codes, (4, 4)) - images).square().mean()
+        assert error < 0.5 * (images - images.mean(dim=(2, 3), keepdim=True)).square().mean()
+        kept.append(codes.unique().numel())
+    assert min(kept) >= 4
+    assert sum(kept) / len(kept) >= 8

@@ -153,6 +153,7 @@ def test_the_mixture_is_frozen():
         def __init__(self, name, counts):
             self.id, self.path, self.classes, self.channels = name, name, None, 3
             self.counts, self.mean, self.std = np.array(counts), [0.5] * 3, [0.2] * 3
+            self.dtype, self.range, self.gray, self.remote_shards, self.cache = "uint8", [[0, 255]] * 3, None, {}, None
 
         def __len__(self):
             return int(self.counts.sum())

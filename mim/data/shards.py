@@ -116,7 +116,7 @@ class Dataset:
         self.std = (np.array(self.std) * scale).tolist()
         if self.gray is not None:  # unknown when channels are mapped differently
             alike = len(set(zip(scale.tolist(), shift.tolist(), strict=True))) == 1
-            gray = {"mean": self.gray["mean"] * scale[0] + shift[0], "std": self.gray["std"] * scale[0]}
+            gray = {"mean": float(self.gray["mean"] * scale[0] + shift[0]), "std": float(self.gray["std"] * scale[0])}
             self.gray = gray if alike else None
         self.range = value_range
 
