@@ -268,11 +268,11 @@ def test_every_truncation_is_refused_with_tar_and_byte(tmp_path, headers_only):
     ("url", "message"),
     [
         ("pipe:cat x.tar", "pipe: is not read"),
-        ("file:///etc/passwd", "file:// is not read"),
+        ("file:///etc/passwd", "begins with .file:. is refused"),
         ("-", "is no file"),
         ("nowhere.tar", "is no file"),
-        ("https://me:secret@host/x.tar", "carries a user"),
-        ("https://host/x.tar?X-Amz-Signature=secret", "carries a user, a query"),
+        ("https://me:secret@host/x.tar", "credentials do not belong"),
+        ("https://host/x.tar?X-Amz-Signature=secret", "was given with a query"),
         ("x{1..", "is no file|unbalanced"),
     ],
 )

@@ -10,13 +10,12 @@ import itertools
 import os
 from collections import Counter
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from braceexpand import braceexpand
 
 from mim.config import ConfigError
+from mim.data.location import SCHEMES, check_storable
 
-SCHEMES = ("http", "https", "s3", "gs", "hf")
 MAX_TARS = 1_000_000
 
 
@@ -41,15 +40,7 @@ def names(locations: list[str]) -> list[str]:
 def _remote(url: str) -> list[str]:
     found = _braces(url)
     for location in found:
-        parts = urlsplit(location)
-        if parts.scheme not in SCHEMES:
-            raise ConfigError(f"{parts.scheme}:// is not read; known are {', '.join(SCHEMES)} and local files")
-        if parts.username or parts.password or parts.query or parts.fragment:
-            host = f"{parts.scheme}://{parts.hostname}{parts.path}"
-            raise ConfigError(
-                f"{host} carries a user, a query or a fragment, which would stand in the lock; name it without, and "
-                "give credentials in the way of the storage's own tools"
-            )
+        check_storable(location, "the lock of OUT")
     return found
 
 

@@ -19,11 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mim.contracts import DataError
-from mim.data.shards import read_lock
+from mim.data.shards import QUARANTINE, read_lock
 from mim.log import RunLog
 
 FORMAT = 1
-QUARANTINE = "quarantine.json"
 BUDGET_MIN = 10  # bad samples that any budget but 0 accepts
 SHARD_SHARE = 0.05  # of one shard: more is a broken shard, not a few broken images
 NAMED = 10  # bad samples that a message names

@@ -32,6 +32,7 @@ from mim.contracts import DataError, StorageError
 from mim.data import duplicates, tar
 from mim.data.decode import FORMATS, BadImage
 from mim.data.parts import WHOLE, Part, read_parts, remove_parts
+from mim.data.quarantine import FORMAT
 from mim.data.shards import QUARANTINE, Dataset, read_lock
 from mim.data.store import Store
 from mim.data.workers import opened, pool
@@ -39,7 +40,6 @@ from mim.data.write import Written, read_pixels, statistics_of
 from mim.log import write_json
 
 STEM = QUARANTINE.removesuffix(".json")  # of the files that parts leave
-QUARANTINE_FORMAT = 1
 NAMED = 100  # keys in several shards: foreign tars may share all of them
 SHOWN = 10  # findings of a kind in the text for people; JSON has them all
 BITS = {"1": 1, "I;16": 16, "I;16L": 16, "I;16B": 16, "I;16N": 16, "I": 32, "F": 32}  # other modes: 8
@@ -174,7 +174,7 @@ def join_quarantines(path: Path) -> int | None:
         raise DataError(f"{path} holds quarantines of another dataset; verify it again")
     joined = [sample for one in parts for sample in one["samples"]]
     joined.sort(key=lambda sample: (sample["shard"], sample["row"]))
-    write_json(path / QUARANTINE, {"format": QUARANTINE_FORMAT, "dataset_id": dataset_id, "samples": joined})
+    write_json(path / QUARANTINE, {"format": FORMAT, "dataset_id": dataset_id, "samples": joined})
     remove_parts(path, STEM)
     return len(joined)
 
@@ -296,7 +296,7 @@ def _quarantine(path: Path, dataset_id: str, findings: list[Finding], part: Part
         if finding.kind == "unreadable" and finding.proven
     ]
     samples.sort(key=lambda sample: (sample["shard"], sample["row"]))
-    content: dict[str, Any] = {"format": QUARANTINE_FORMAT, "dataset_id": dataset_id, "samples": samples}
+    content: dict[str, Any] = {"format": FORMAT, "dataset_id": dataset_id, "samples": samples}
     if part is not None:
         content["source"] = dataset_id
     file = path / (part.file(STEM) if part is not None else QUARANTINE)
