@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from mim import __version__
+from mim.shard_commands import shards
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -51,61 +52,7 @@ def demo(images: Path | None, out: Path, seed: int) -> None:
     sys.exit(demonstration.main(images, out, seed=seed))
 
 
-@cli.group()
-def shards() -> None:
-    """Make and look into WebDataset shards.
-
-    \b
-    Example:
-      mim shards make data/cifar10/train shards/cifar10 --labels-from-folders --val-ratio 0.1
-    """
-
-
-@shards.command("make")
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--labels-from-folders", is_flag=True, help="The first folder below FOLDER is the class.")
-@click.option("--val-ratio", default=0.0, show_default=True, help="Share held out in OUT/val; the rest is OUT/train.")
-@click.option("--shard-size", default=1000, show_default=True, help="Images per shard.")
-@click.option("--seed", default=0, show_default=True, help="Of the shuffle and the split.")
-@click.option("--workers", type=int, help="Processes; default: the allowed CPUs.")
-@click.option("--max-left-out", type=int, help="Unreadable images accepted; default: 1 % but at least 10.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def shards_make(folder: Path, out: Path, as_json: bool, **options: Any) -> None:
-    """Write the images below FOLDER (any nesting, labelled or not) as WebDataset shards to OUT.
-
-    Every image is decoded once; one that cannot be read is named, counted and left out.
-
-    \b
-    Examples:
-      mim shards make photos/ shards/photos --val-ratio 0.05
-      mim shards make data/cifar10/train shards/cifar10 --labels-from-folders
-    """
-    from mim import config
-    from mim.data.make import make
-
-    report = make(folder, out, **options)
-    click.echo(json.dumps(config.plain(report), indent=1) if as_json else report.text())
-
-
-@shards.command("inspect")
-@click.argument("dataset", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def shards_inspect(dataset: Path, as_json: bool) -> None:
-    """Show counts, classes, sizes and pixel statistics of a dataset folder.
-
-    \b
-    Example:
-      mim shards inspect shards/cifar10/train
-    """
-    from mim.data.shards import inspect
-
-    found = inspect(dataset)
-    if as_json:
-        click.echo(json.dumps(found, indent=1))
-        return
-    for name, value in found.items():
-        click.echo(f"{name:20} {json.dumps(value) if isinstance(value, (dict, list)) else value}")
+cli.add_command(shards)
 
 
 @cli.command()

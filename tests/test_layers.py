@@ -16,7 +16,7 @@ LEVELS = [
     {"mim.features"},
     {"mim.evals", "mim.exports", "mim.report"},
     {"mim.train"},
-    {"mim.demo"},
+    {"mim.demo", "mim.shard_commands"},
     {"mim.__main__"},
 ]
 SIBLINGS_MAY_MEET = {"tokenizer", "mim.data", "mim.report"}  # elsewhere a file knows nothing of the one beside it

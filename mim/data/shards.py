@@ -5,10 +5,13 @@
     dataset.lock.json    format, ordered shards (file, size, sha256, count), schema, statistics, what was left out
 
 A shard may lie elsewhere: its entry then has a `url` (an absolute path or an URL), and only its index is in the folder.
+A shard of which only the headers were read says so (`"proof": "headers"`): it has no sha256, its CRC32 are 0, and
+`headers_sha256` takes the place of the hash.
 
 `dataset_id` hashes only the ordered (sha256, size, count) and the schema: a dataset may move, and its statistics may
 be taken again, without becoming another one. Reading is one `pread` per sample, proven by the CRC32 of each member
-and by the hash of the key in the header before it. Only members that the schema names are read; nothing is unpickled.
+and by the hash of the key in the header before it; where only headers were read, by key, size and checksum of each
+header. Only members that the schema names are read; nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -25,12 +28,10 @@ import numpy as np
 from mim.config import ConfigError
 from mim.contracts import DataError
 from mim.data import tar
-from mim.data.decode import ENDINGS
 from mim.data.store import Store
 
 FORMAT = 1
 LOCK = "dataset.lock.json"
-IMAGE_MEMBERS = sorted(set(ENDINGS.values()))
 LABEL_MEMBER = "cls"
 MEMBER = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4")])
 
@@ -56,6 +57,8 @@ class Dataset:
         self.channels = len(self.mean)  # 1 when every image is gray
         self._files: list[str] = [shard["file"] for shard in lock["shards"]]
         self._locations = [location(path, shard) for shard in lock["shards"]]
+        self._sizes: list[int] = [shard["size"] for shard in lock["shards"]]
+        self._proofs: list[str] = [shard.get("proof", "bytes") for shard in lock["shards"]]
         self._members = ["image", "label"] if self.classes is not None else ["image"]
         self._indices: dict[int, np.ndarray] = {}
         self._store = Store()
@@ -78,33 +81,68 @@ class Dataset:
 
     def read(self, shard: int, row: int) -> Sample:
         """Read and verify one sample. Raises DataError on any difference from the index."""
-        record = self._index(shard)[row]
-        members = {name: record[name].item() for name in self._members}  # name -> (offset, size, crc32)
-        start = min(offset for offset, _, _ in members.values()) - tar.BLOCK  # from the header of the first member
-        end = max(offset + size for offset, size, _ in members.values())
-        file = self._files[shard]
-        data = self._store.pread(self._locations[shard], start, end - start)
-        key, _ = split_name(tar.name_of(data[: tar.BLOCK]))
+        start, end = self.span(shard, row)
+        return self.unpack(shard, row, self._store.pread(self._locations[shard], start, end - start))
+
+    def span(self, shard: int, row: int) -> tuple[int, int]:
+        """Return the bytes that a sample fills: from the header of its first member to the end of its last."""
+        members = self._record(shard, row)[1].values()
+        start = min(offset for offset, _, _ in members) - tar.BLOCK
+        end = max(offset + size for offset, size, _ in members)
+        if not 0 <= start <= end <= self._sizes[shard]:
+            raise DataError(f"{self._locations[shard]}, row {row}: the index leaves the shard; copy the dataset again")
+        return start, end
+
+    def unpack(self, shard: int, row: int, data: bytes) -> Sample:
+        """Verify the bytes of `span` and take them apart. Raises DataError on any difference from the index."""
+        expected, members = self._record(shard, row)
+        start = min(offset for offset, _, _ in members.values()) - tar.BLOCK
+        key = self._key(shard, start, data, expected)
         where = f"{self._locations[shard]}, sample {key!r}"
-        if key_hash(key) != record["key"]:
+        if key_hash(key) != expected:
             raise DataError(f"{where}: the header differs from the index; the shard is damaged, copy it again")
         content = {}
         for name, (offset, size, crc) in members.items():
             content[name] = data[offset - start : offset - start + size]
-            if zlib.crc32(content[name]) != crc:
+            if self._proofs[shard] == "headers":
+                header = data[offset - start - tar.BLOCK : offset - start]
+                if tar.parse(header, self._locations[shard], offset - tar.BLOCK)[0] != size:
+                    raise DataError(f"{where}: the header of the {name} differs from the index; index the shard again")
+            elif zlib.crc32(content[name]) != crc:
                 raise DataError(
                     f"{where}: CRC32 of the {name} differs from the index; the shard is damaged, copy it again"
                 )
         label = self._label(content["label"], where) if "label" in content else None
-        return Sample(f"{file}/{key}", content["image"], label)
+        return Sample(f"{self._files[shard]}/{key}", content["image"], label)
+
+    def _record(self, shard: int, row: int) -> tuple[int, dict[str, tuple[int, int, int]]]:
+        """Hash of the key, and (offset, size, crc32) of each member."""
+        record = self.index(shard)[row]
+        return record["key"].item(), {name: record[name].item() for name in self._members}
+
+    def _key(self, shard: int, start: int, data: bytes, expected: int) -> str:
+        """The key in the header at `start`, or in the record before it, where long and non-ASCII names stand."""
+        key, _ = split_name(tar.name_of(data[: tar.BLOCK]))
+        if key_hash(key) == expected:
+            return key
+        before = max(0, start - tar.MAX_EXTENSION - tar.BLOCK)
+        name = (
+            tar.long_name_before(self._store.pread(self._locations[shard], before, start - before)) if start else None
+        )
+        return split_name(name)[0] if name is not None else key
 
     def _label(self, raw: bytes, where: str) -> int:
         assert self.classes is not None
-        if not raw.isdigit() or int(raw) >= len(self.classes):
+        if not raw.strip().isdigit() or int(raw) >= len(self.classes):  # a line end is what `echo` leaves
             raise DataError(f"{where}: label {raw[:20]!r} is not one of the {len(self.classes)} classes")
         return int(raw)
 
-    def _index(self, shard: int) -> np.ndarray:
+    def location(self, shard: int) -> str:
+        """Where the bytes of a shard lie."""
+        return self._locations[shard]
+
+    def index(self, shard: int) -> np.ndarray:
+        """The index of a shard, mapped: one row per sample, of `index_dtype`."""
         if shard not in self._indices:
             file = (self.path / self._files[shard]).with_suffix(".npy")
             try:
@@ -141,7 +179,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "num_samples": sum(shard["count"] for shard in shards),
         "num_shards": len(shards),
         "num_bytes": sum(shard["size"] for shard in shards),
-        "num_left_out": len(lock["left_out"]),
+        "num_left_out": sum(entry.get("count", 1) for entry in lock["left_out"]),
         "members": schema["members"],
         "classes": dict(zip(classes, statistics["class_counts"], strict=True)) if classes is not None else None,
         "height": statistics["height"],
@@ -186,31 +224,14 @@ def write_lock(path: Path, lock: dict[str, Any]) -> None:
 
 def dataset_id(shards: list[dict[str, Any]], schema: dict[str, Any]) -> str:
     """Identity of the content: no location, no statistics."""
-    content = {"shards": [[s["sha256"], s["size"], s["count"]] for s in shards], "schema": schema}
+    hashes = [[s["sha256"] or s["headers_sha256"], s["size"], s["count"]] for s in shards]
+    content = {"shards": hashes, "schema": schema}
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def index_dtype(members: list[str]) -> np.dtype:
     """Row of a shard's index."""
     return np.dtype([("key", "<u8"), *((name, MEMBER) for name in members)])
-
-
-def build_index(path: Path, *, labelled: bool) -> np.ndarray:
-    """Index a tar by a strict scan. Every sample must have one image, and one label when `labelled`."""
-    wanted = ["image", "label"] if labelled else ["image"]
-    samples: dict[str, dict[str, tuple[int, int, int]]] = {}
-    for member in tar.scan(path):
-        key, ending = split_name(member.name)
-        name = "image" if ending in IMAGE_MEMBERS else "label" if ending == LABEL_MEMBER else ending
-        if name in samples.setdefault(key, {}):
-            raise DataError(f"{path}: sample {key!r} has two members for {name}")
-        samples[key][name] = (member.offset, member.size, member.crc32)
-    index = np.zeros(len(samples), dtype=index_dtype(wanted))
-    for row, (key, members) in enumerate(samples.items()):
-        if missing := [name for name in wanted if name not in members]:
-            raise DataError(f"{path}: sample {key!r} has no {', '.join(missing)}")
-        index[row] = (key_hash(key), *(members[name] for name in wanted))
-    return index
 
 
 def split_name(name: str) -> tuple[str, str]:

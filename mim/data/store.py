@@ -7,6 +7,7 @@ store arrives empty and opens its own descriptors.
 from __future__ import annotations
 
 import os
+import stat
 from collections import OrderedDict
 
 from mim.contracts import DataError, StorageError
@@ -28,6 +29,16 @@ class Store:
         if len(data) < size:
             raise DataError(f"{path} ends at byte {offset + len(data)}, {size - len(data)} bytes short; copy it again")
         return data
+
+    def size(self, path: str) -> int:
+        """Return the length of a file in bytes. What is no regular file is DataError, a failing disk StorageError."""
+        try:
+            found = os.stat(path)
+        except OSError as error:
+            raise StorageError(f"cannot read {path}: {error.strerror}") from error
+        if not stat.S_ISREG(found.st_mode):
+            raise DataError(f"{path} is not a regular file")
+        return found.st_size
 
     def close(self) -> None:
         """Close all descriptors; the next read opens them again."""

@@ -1,25 +1,30 @@
-"""Strict scan of a tar: where every member lies, and its CRC32.
+"""Strict scan of a tar, local or remote: where every member lies, and its CRC32.
 
 Shards come from strangers, so the parser accepts only what a shard needs: regular files and directories, in ustar,
 with the two common long-name extensions (pax 'x', GNU 'L'), bounded. Links, devices, sparse files, compression, names
 that leave the folder, sizes that leave the file and a missing end are refused by name and offset. `tarfile` is more
 lenient: it expands sparse files, reads pax headers of any size and takes a truncated archive for a short one.
+
+A scan reads every byte once; with `headers_only` it reads the headers and jumps over the data, so that a remote tar is
+listed by ranges, without CRC32.
 """
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from mim.contracts import DataError
+from mim.data.store import Store
 
 BLOCK = 512
 MAX_EXTENSION = 64 * 1024  # bytes of one pax or long-name record; real ones hold a path
 MAX_NAME = 255  # bytes
-CHUNK = 1 << 20  # bytes read at a time
+MAX_MEMBERS = 1 << 20  # of one tar: bounds what a listing of it can take in memory
+CHUNK = 4 << 20  # bytes read at a time
+HEADERS_CHUNK = 8 << 10  # the same when only headers are read: a header, and the small members that follow it
 GZIP = b"\x1f\x8b"
 REGULAR = (b"0", b"\0")
 DIRECTORY = b"5"
@@ -41,7 +46,48 @@ class Member(NamedTuple):
     name: str
     offset: int  # of the data, in bytes
     size: int
-    crc32: int
+    crc32: int  # 0 when only headers were read
+    data: bytes | None = None  # the data itself, where the scan was asked to keep it
+
+
+class Forward:
+    """Reads a file forward in pieces, each byte at most once; a digest sees every byte that is taken."""
+
+    def __init__(self, location: str, store: Store, *, digest: Any = None, chunk: int = CHUNK):
+        self.location = location
+        self.size = store.size(location)
+        self.at = 0  # offset of the next byte
+        self._store, self._digest, self._chunk = store, digest, chunk
+        self._buffer, self._start = b"", 0  # what was read ahead, and its offset
+
+    def take(self, count: int) -> bytes:
+        """Return the next `count` bytes. Raises DataError when the file ends before."""
+        if self.at + count > self.size:
+            raise refusal(self.location, self.at, f"the file ends at byte {self.size}; it is truncated")
+        piece = self.peek(count)
+        self.at += count
+        if self._digest is not None:
+            self._digest.update(piece)
+        return piece
+
+    def peek(self, count: int) -> bytes:
+        """Return the next bytes, at most `count`, without passing them."""
+        if self.at + count > self._start + len(self._buffer):
+            self._buffer = self._buffer[self.at - self._start :]  # empty when a skip has left it behind
+            begin = self.at + len(self._buffer)
+            more = min(max(self._chunk, count - len(self._buffer)), self.size - begin)
+            self._buffer += self._store.pread(self.location, begin, more) if more else b""
+            self._start = self.at
+        return self._buffer[self.at - self._start : self.at - self._start + count]
+
+    def skip(self, count: int) -> None:
+        """Go on without reading; the digest does not see these bytes."""
+        self.at += count
+
+    def take_until(self, end: int) -> None:
+        """Read on to the byte `end`, for the digest alone."""
+        while self.at < end:
+            self.take(min(end - self.at, self._chunk))
 
 
 def name_of(header: bytes) -> str:
@@ -49,68 +95,98 @@ def name_of(header: bytes) -> str:
     return _raw_name(header).decode("utf-8", "replace")
 
 
-def scan(path: str | Path) -> Iterator[Member]:
+def long_name_before(data: bytes) -> str | None:
+    """Return the name in the extension record that `data` ends with, as it stands before the header of a member.
+
+    None when it ends with none. Names that are long or not ASCII stand there; the header then holds a cut one.
+    """
+    for start in range(len(data) - 2 * BLOCK, -1, -BLOCK):
+        try:
+            size, kind = parse(data[start : start + BLOCK], "", 0)
+            record = data[start + BLOCK : start + BLOCK + size]
+            if kind in (PAX, LONG_NAME) and start + BLOCK + size + -size % BLOCK == len(data):
+                return _checked_name(_text(record), "", 0) if kind == LONG_NAME else _pax(record, "", 0)[0]
+        except DataError:  # no header, but data that happens to lie at a block
+            continue
+    return None
+
+
+def scan(
+    location: str | Path,
+    *,
+    store: Store | None = None,
+    keep: int = 0,  # bytes: the data of members up to this size comes with them
+    headers_only: bool = False,
+    digest: Any = None,  # of hashlib: sees the whole file; with `headers_only`, headers and name records
+) -> Iterator[Member]:
     """Yield the regular files of a tar in order; raise DataError with file and offset on anything unexpected."""
-    path = Path(path)
-    with path.open("rb") as file:
-        length = os.fstat(file.fileno()).st_size
-        if file.read(len(GZIP)) == GZIP:
-            raise _refusal(path, 0, "the file is compressed; decompress it first (gunzip)")
-        file.seek(0)
-        long_name: str | None = None
-        long_size: int | None = None
-        while True:
-            at = file.tell()
-            header = _read(file, BLOCK, path, at)
-            if not any(header):
-                _check_end(file, path, at)
-                return
-            size, kind = _parse(header, path, at)
-            if long_size is not None:
-                size, long_size = long_size, None
-            if file.tell() + size > length:
-                raise _refusal(path, at, f"a member of {size} bytes leaves the file of {length} bytes; it is truncated")
-            if kind in (PAX, LONG_NAME):
-                record = _extension(file, size, path, at)
-                if kind == LONG_NAME:
-                    long_name = _checked_name(_text(record), path, at)
-                else:
-                    long_name, long_size = _pax(record, path, at)
-                continue
-            name = long_name if long_name is not None else _checked_name(_raw_name(header), path, at)
-            long_name = None
-            if kind == DIRECTORY:
-                continue
-            offset = file.tell()
-            yield Member(name, offset, size, _crc32(file, size, path))
+    chunk = HEADERS_CHUNK if headers_only else CHUNK
+    file = Forward(str(location), store or Store(), digest=None if headers_only else digest, chunk=chunk)
+    see = digest.update if headers_only and digest is not None else lambda _: None
+    path = file.location
+    if file.peek(len(GZIP)) == GZIP:
+        raise refusal(path, 0, "the file is compressed; decompress it first (gunzip)")
+    long_name: str | None = None
+    long_size: int | None = None
+    count = 0
+    while True:
+        at = file.at
+        header = file.take(BLOCK)
+        see(header)
+        if not any(header):
+            _check_end(file, at)
+            return
+        size, kind = parse(header, path, at)
+        if long_size is not None:
+            size, long_size = long_size, None
+        if file.at + size > file.size:
+            raise refusal(path, at, f"a member of {size} bytes leaves the file of {file.size} bytes; it is truncated")
+        count += 1
+        if count > MAX_MEMBERS:
+            raise refusal(path, at, f"more than {MAX_MEMBERS} members; cut the tar into smaller ones")
+        if kind in (PAX, LONG_NAME):
+            record = _extension(file, size, at)
+            see(record)
+            if kind == LONG_NAME:
+                long_name = _checked_name(_text(record), path, at)
+            else:
+                long_name, long_size = _pax(record, path, at)
+            continue
+        name = long_name if long_name is not None else _checked_name(_raw_name(header), path, at)
+        long_name = None
+        if kind == DIRECTORY:
+            continue
+        offset = file.at
+        crc32, data = _content(file, size, keep=keep, headers_only=headers_only)
+        yield Member(name, offset, size, crc32, data)
 
 
-def _parse(header: bytes, path: Path, at: int) -> tuple[int, bytes]:
+def parse(header: bytes, path: str, at: int) -> tuple[int, bytes]:
     """Check a header; return the size of its data and its type."""
     try:
         expected = _octal(header[148:156])
         size = _octal(header[124:136])
     except ValueError as error:
-        raise _refusal(path, at, "a header holds a number that is not octal") from error
+        raise refusal(path, at, "a header holds a number that is not octal") from error
     if sum(header) - sum(header[148:156]) + 8 * ord(" ") != expected:
-        raise _refusal(path, at, "the checksum of a header does not match; this is no tar, or it is damaged")
+        raise refusal(path, at, "the checksum of a header does not match; this is no tar, or it is damaged")
     kind = header[156:157]
     if kind in (*REGULAR, PAX, LONG_NAME) or (kind == DIRECTORY and size == 0):
         return size, kind
-    raise _refusal(
+    raise refusal(
         path, at, f"{name_of(header)!r} is {REFUSED.get(kind, f'of type {kind!r}')}; only regular files are read"
     )
 
 
-def _extension(file: BinaryIO, size: int, path: Path, at: int) -> bytes:
+def _extension(file: Forward, size: int, at: int) -> bytes:
     if size > MAX_EXTENSION:
-        raise _refusal(path, at, f"a long-name record of {size} bytes exceeds {MAX_EXTENSION}")
-    record = _read(file, size, path, at)
-    _read(file, -size % BLOCK, path, at)
+        raise refusal(file.location, at, f"a long-name record of {size} bytes exceeds {MAX_EXTENSION}")
+    record = file.take(size)
+    file.take(-size % BLOCK)
     return record
 
 
-def _pax(record: bytes, path: Path, at: int) -> tuple[str | None, int | None]:
+def _pax(record: bytes, path: str, at: int) -> tuple[str | None, int | None]:
     """Return path and size of a pax record: lines of `LENGTH KEY=VALUE\\n`, LENGTH counting the whole line."""
     name, size = None, None
     try:
@@ -120,7 +196,7 @@ def _pax(record: bytes, path: Path, at: int) -> tuple[str | None, int | None]:
             if count < 5 or record[count - 1 : count] != b"\n":
                 raise ValueError("length and line end disagree")
             if key.startswith(b"GNU.sparse"):
-                raise _refusal(path, at, "a sparse file; only regular files are read")
+                raise refusal(path, at, "a sparse file; only regular files are read")
             if key == b"path":
                 name = _checked_name(value, path, at)
             if key == b"size":
@@ -129,37 +205,48 @@ def _pax(record: bytes, path: Path, at: int) -> tuple[str | None, int | None]:
     except DataError:
         raise
     except ValueError as error:
-        raise _refusal(path, at, f"a malformed pax record ({error})") from error
+        raise refusal(path, at, f"a malformed pax record ({error})") from error
     return name, size
 
 
-def _crc32(file: BinaryIO, size: int, path: Path) -> int:
-    """CRC32 of the next `size` bytes; leaves the file after their padding."""
-    crc, left = 0, size
-    while left:
-        piece = _read(file, min(left, CHUNK), path, file.tell())
-        crc, left = zlib.crc32(piece, crc), left - len(piece)
-    _read(file, -size % BLOCK, path, file.tell())
-    return crc
+def _content(file: Forward, size: int, *, keep: int, headers_only: bool) -> tuple[int, bytes | None]:
+    """CRC32 and, up to `keep` bytes, the data of the next member; leaves the file after its padding."""
+    crc32, data = 0, None
+    if size <= keep:
+        data = file.take(size)
+        crc32 = 0 if headers_only else zlib.crc32(data)
+    elif headers_only:
+        file.skip(size)
+    else:
+        left = size
+        while left:
+            piece = file.take(min(left, CHUNK))
+            crc32, left = zlib.crc32(piece, crc32), left - len(piece)
+    if headers_only and size > keep:
+        file.skip(-size % BLOCK)
+    else:
+        file.take(-size % BLOCK)
+    return crc32, data
 
 
-def _check_end(file: BinaryIO, path: Path, at: int) -> None:
+def _check_end(file: Forward, at: int) -> None:
     """A tar ends with two zero blocks and nothing after them: a member hidden behind the end would be lost silently."""
-    if len(second := file.read(BLOCK)) < BLOCK or any(second):
-        raise _refusal(path, at, "one zero block where the end needs two; the file is truncated or damaged")
-    while rest := file.read(CHUNK):
+    if file.at + BLOCK > file.size or any(file.take(BLOCK)):
+        raise refusal(file.location, at, "one zero block where the end needs two; the file is truncated or damaged")
+    while left := file.size - file.at:
+        rest = file.take(min(left, CHUNK))
         if rest.count(0) != len(rest):
-            raise _refusal(path, at, "data follows the end of the archive (were two tars concatenated?)")
+            raise refusal(file.location, at, "data follows the end of the archive (were two tars concatenated?)")
 
 
-def _checked_name(raw: bytes, path: Path, at: int) -> str:
+def _checked_name(raw: bytes, path: str, at: int) -> str:
     try:
         name = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise _refusal(path, at, f"the name {raw!r} is not UTF-8") from error
+        raise refusal(path, at, f"the name {raw!r} is not UTF-8") from error
     parts = name.rstrip("/").split("/")
     if not parts[0] or ".." in parts or "\0" in name or len(raw) > MAX_NAME:
-        raise _refusal(path, at, f"the name {name[:80]!r} is empty, absolute, holds '..', or exceeds {MAX_NAME} bytes")
+        raise refusal(path, at, f"the name {name[:80]!r} is empty, absolute, holds '..', or exceeds {MAX_NAME} bytes")
     return name
 
 
@@ -180,11 +267,6 @@ def _octal(field: bytes) -> int:
     return int(digits or b"0", 8)
 
 
-def _read(file: BinaryIO, count: int, path: Path, at: int) -> bytes:
-    if len(data := file.read(count)) < count:
-        raise _refusal(path, at, "the file ends before the archive does; it is truncated")
-    return data
-
-
-def _refusal(path: Path, at: int, reason: str) -> DataError:
+def refusal(path: str, at: int, reason: str) -> DataError:
+    """What is wrong with a file at a byte, as the error that says so."""
     return DataError(f"{path}, byte {at}: {reason}")

@@ -19,7 +19,8 @@ from webdataset import TarWriter
 from mim import __version__
 from mim.contracts import DataError
 from mim.data.decode import BadImage, Header, decode, read_header
-from mim.data.shards import FORMAT, LABEL_MEMBER, build_index, dataset_id, write_lock
+from mim.data.members import build_index
+from mim.data.shards import FORMAT, LABEL_MEMBER, dataset_id, write_lock
 
 
 class Item(NamedTuple):
@@ -108,7 +109,7 @@ def _write_shard(task: Task) -> Written:
         return written
     labelled = task.items[0].label is not None
     with task.target.with_suffix(".npy").open("wb") as file:
-        np.save(file, build_index(task.target, labelled=labelled), allow_pickle=False)
+        np.save(file, build_index(str(task.target), labelled=labelled), allow_pickle=False)
         file.flush()
         os.fsync(file.fileno())
     with task.target.open("rb") as file:

@@ -1,0 +1,300 @@
+"""Verify a dataset: every byte of every shard is read once, in parallel, and whatever differs from the lock is named.
+
+Errors, which end in exit code 65:
+    damaged         bytes that are not those of the index or the lock: truncated, flipped, replaced, mixed up
+    duplicate_key   two samples of one shard with the same key
+    unreadable      the bytes are proven right, and the decoder refuses them (`decode` only)
+Told, but no error: keys that occur in several shards (a sample's name is shard/key), and images with the same bytes.
+
+With `decode`, the unreadable samples are written to `quarantine.json` beside the lock, which training reads. Only what
+is proven right by CRC32 is quarantined: a damaged byte says nothing about the image, and is never skipped over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import time
+import zlib
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from tqdm import tqdm
+
+from mim.contracts import DataError, StorageError
+from mim.data import duplicates, tar
+from mim.data.decode import FORMATS, BadImage, decode, read_header
+from mim.data.parts import WHOLE, Part, read_parts, remove_parts
+from mim.data.shards import Dataset, read_lock
+from mim.data.store import Store
+from mim.data.write import Written, _statistics
+from mim.log import write_json
+
+QUARANTINE = "quarantine"  # .json
+QUARANTINE_FORMAT = 1
+SHOWN = 10  # findings of a kind in the text for people; JSON has them all
+BITS = {"1": 1, "I;16": 16, "I;16L": 16, "I;16B": 16, "I;16N": 16, "I": 32, "F": 32}  # other modes: 8
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong."""
+
+    kind: str  # damaged, duplicate_key or unreadable
+    shard: str
+    row: int | None  # in the shard; None for the shard as a whole
+    key: str | None
+    reason: str
+    proven: bool = True  # whether the bytes are those that were indexed
+
+
+@dataclass
+class Checked:
+    """What came of one shard."""
+
+    shard: int
+    findings: list[Finding] = field(default_factory=list)
+    contents: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))  # (count,) CRC32 and size of an image
+    modes: Counter[str] = field(default_factory=Counter)
+    written: Written = field(default_factory=lambda: Written(""))  # sums for the statistics
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What `verify` found."""
+
+    path: Path
+    dataset_id: str
+    part: str | None
+    num_shards: int
+    num_samples: int
+    num_bytes: int
+    seconds: float
+    images_per_second: float
+    findings: list[Finding]
+    same_keys: list[list[str]]  # "shard/key" of samples of several shards that share a key
+    same_contents: list[list[str]]  # "shard/key" of images with the same bytes
+    decoded: dict[str, Any] | None  # modes and statistics of all images
+    quarantine: Path | None  # the file that was written
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.findings
+
+    def text(self) -> str:
+        """The report for people."""
+        lines = [
+            f"{self.path}: {self.num_samples} samples in {self.num_shards} shards, {self.num_bytes / 1e6:.1f} MB, "
+            f"{self.images_per_second:.0f} images/s"
+        ]
+        for name, value in (self.decoded or {}).items():
+            lines.append(f"{name:8} {value}")
+        for kind in ("damaged", "duplicate_key", "unreadable"):
+            found = [finding for finding in self.findings if finding.kind == kind]
+            lines += [f"{kind}: {_where(finding)}: {finding.reason}" for finding in found[:SHOWN]]
+            if len(found) > SHOWN:
+                lines.append(f"{kind}: {len(found) - SHOWN} more; --json names all")
+        for name, groups in (("same key", self.same_keys), ("same bytes", self.same_contents)):
+            lines += [f"{name}: {', '.join(group)}" for group in groups[:SHOWN]]
+            if len(groups) > SHOWN:
+                lines.append(f"{name}: {len(groups) - SHOWN} more; --json names all")
+        if self.quarantine is not None:
+            lines.append(f"wrote {self.quarantine}")
+        kinds = Counter(finding.kind for finding in self.findings)
+        lines.append("clean" if self.clean else ", ".join(f"{count} {kind}" for kind, count in kinds.items()))
+        return "\n".join(lines)
+
+
+def verify(
+    path: str | Path,
+    *,
+    decode: bool = False,
+    workers: int | None = None,
+    part: Part | None = None,
+) -> VerifyReport:
+    """Read every byte of a dataset and compare it with index and lock.
+
+    decode: also decode every image, and write the quarantine. part: verify only the shards of this part; duplicates are
+    then looked for among these alone. Raises ConfigError, StorageError, and DataError where the lock is unusable.
+    """
+    path = Path(path)
+    lock = read_lock(path)
+    dataset = Dataset(path, lock)  # not `open`: what that refuses is reported here, for all shards
+    shards = (part or WHOLE).take(list(range(len(lock["shards"]))))
+    began = time.monotonic()
+    checked = _check_all(dataset, lock, shards, decode, workers or len(os.sched_getaffinity(0)))
+    seconds = time.monotonic() - began
+    findings = [finding for one in checked for finding in one.findings]
+    twice, same_keys = duplicates.keys(dataset, shards)
+    findings += [
+        Finding("duplicate_key", lock["shards"][shard]["file"], row, key, f"row {first} of the shard has the same key")
+        for shard, first, row, key in twice
+    ]
+    samples = sum(lock["shards"][shard]["count"] for shard in shards)
+    return VerifyReport(
+        path=path,
+        dataset_id=dataset.id,
+        part=f"{part.number}/{part.count}" if part is not None else None,
+        num_shards=len(shards),
+        num_samples=samples,
+        num_bytes=sum(lock["shards"][shard]["size"] for shard in shards),
+        seconds=round(seconds, 3),
+        images_per_second=round(samples / max(seconds, 1e-9), 1),
+        findings=findings,
+        same_keys=same_keys,
+        same_contents=duplicates.contents(dataset, {one.shard: one.contents for one in checked}),
+        decoded=_decoded(checked) if decode else None,
+        quarantine=_quarantine(path, dataset.id, findings, part) if decode else None,
+    )
+
+
+def join_quarantines(path: Path) -> int | None:
+    """Make one quarantine of those of all parts; return how many samples it holds, None when there are no parts."""
+    parts = read_parts(path, QUARANTINE)
+    if not parts:
+        return None
+    dataset_id = read_lock(path)["dataset_id"]
+    if parts[0]["dataset_id"] != dataset_id:
+        raise DataError(f"{path} holds quarantines of another dataset; verify it again")
+    joined = [sample for one in parts for sample in one["samples"]]
+    joined.sort(key=lambda sample: (sample["shard"], sample["row"]))
+    write_json(path / f"{QUARANTINE}.json", {"format": QUARANTINE_FORMAT, "dataset_id": dataset_id, "samples": joined})
+    remove_parts(path, QUARANTINE)
+    return len(joined)
+
+
+def _check_all(
+    dataset: Dataset, lock: dict[str, Any], shards: list[int], decode_images: bool, workers: int
+) -> list[Checked]:
+    total = sum(lock["shards"][shard]["count"] for shard in shards)
+    with (
+        tqdm(total=total, desc="verify", unit=" images", disable=None) as bar,
+        ProcessPoolExecutor(max(1, min(workers, len(shards)))) as pool,
+    ):
+        futures = {pool.submit(check_shard, dataset, lock["shards"][s], s, decode_images): s for s in shards}
+        for future in as_completed(futures):
+            if error := future.exception():
+                pool.shutdown(cancel_futures=True)
+                raise error
+            bar.update(lock["shards"][futures[future]]["count"])
+    return [future.result() for future in futures]
+
+
+def check_shard(dataset: Dataset, entry: dict[str, Any], shard: int, decode_images: bool) -> Checked:
+    """Read one shard from its first byte to its last, and compare it with its index and its entry in the lock."""
+    checked = Checked(shard)
+
+    def damaged(reason: str, row: int | None = None) -> None:
+        checked.findings.append(Finding("damaged", entry["file"], row, None, reason, proven=False))
+
+    location = dataset.location(shard)
+    if "://" not in location and not os.path.lexists(location):
+        damaged(f"{location} is missing")
+        return checked
+    digest = hashlib.sha256()
+    try:
+        file = tar.Forward(location, Store(), digest=digest)
+        index = dataset.index(shard)
+    except DataError as error:
+        damaged(str(error))
+        return checked
+    if file.size != entry["size"]:
+        damaged(f"{location} has {file.size} bytes instead of {entry['size']}")
+    checked.contents = np.zeros(len(index), np.uint64)
+    for row in np.argsort(index["image"]["offset"], kind="stable").tolist():
+        try:
+            start, end = dataset.span(shard, row)
+            if start < file.at:
+                raise tar.refusal(location, start, "two samples of the index overlap")
+            file.take_until(start)
+            sample = dataset.unpack(shard, row, file.take(end - start))
+        except DataError as error:
+            damaged(str(error), row)
+            continue
+        checked.contents[row] = zlib.crc32(sample.image) << 32 | len(sample.image)
+        if decode_images:
+            _decode(checked, entry, row, sample)
+    file.take_until(file.size)
+    if reason := _hash_differs(location, entry, digest.hexdigest()):
+        damaged(reason)
+    return checked
+
+
+def _hash_differs(location: str, entry: dict[str, Any], sha256: str) -> str:
+    """Why a shard is not the one of the lock, with the place where its structure is broken; "" when it is."""
+    headers = hashlib.sha256()
+    fault = ""
+    if entry["sha256"] == sha256:
+        return ""
+    try:
+        for _ in tar.scan(location, headers_only=True, digest=headers):
+            pass
+    except DataError as error:
+        fault = f" ({error})"
+    if entry["sha256"] is None and not fault and headers.hexdigest() == entry["headers_sha256"]:
+        return ""
+    what = "sha256" if entry["sha256"] is not None else "hash of the headers"
+    return f"{location}: the {what} differs from the lock{fault}; the shard is damaged or another, copy it again"
+
+
+def _decode(checked: Checked, entry: dict[str, Any], row: int, sample: Any) -> None:
+    """Decode one image for its verdict, its mode and the statistics."""
+    try:
+        header = read_header(sample.image)
+        pixels = decode(sample.image, header.channels)
+    except BadImage as error:
+        proven = entry.get("proof", "bytes") == "bytes"
+        reason = str(error) if proven else f"{error}; its bytes are not proven (index the shard without --headers-only)"
+        key = sample.key.partition("/")[2]
+        checked.findings.append(Finding("unreadable", entry["file"], row, key, reason, proven))
+        return
+    checked.modes[mode_of(sample.image, pixels)] += 1
+    checked.written.add(header, pixels, sample.label)
+
+
+def mode_of(data: bytes, pixels: Tensor) -> str:
+    """Format, mode and bits per channel of an encoded image, e.g. "PNG I;16 16 bit"."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            return f"{image.format} {image.mode} {BITS.get(image.mode, 8)} bit"
+    except UnidentifiedImageError:  # an array that Pillow does not know
+        return f"array of {pixels.shape[0]} channels, {str(pixels.dtype).removeprefix('torch.')}"
+
+
+def _decoded(checked: list[Checked]) -> dict[str, Any]:
+    modes = sum((one.modes for one in checked), Counter[str]())
+    written = [one.written for one in checked if one.written.count]
+    statistics = _statistics(written, None) if written else {}
+    return {"modes": dict(modes.most_common()), **{k: v for k, v in statistics.items() if v is not None}}
+
+
+def _quarantine(path: Path, dataset_id: str, findings: list[Finding], part: Part | None) -> Path:
+    """Write the samples that training must replace."""
+    samples = [
+        {"shard": finding.shard, "row": finding.row, "key": finding.key, "reason": finding.reason}
+        for finding in findings
+        if finding.kind == "unreadable" and finding.proven
+    ]
+    samples.sort(key=lambda sample: (sample["shard"], sample["row"]))
+    content: dict[str, Any] = {"format": QUARANTINE_FORMAT, "dataset_id": dataset_id, "samples": samples}
+    if part is not None:
+        content["source"] = dataset_id
+    file = path / (part.file(QUARANTINE) if part is not None else f"{QUARANTINE}.json")
+    try:
+        write_json(file, content)
+    except OSError as error:
+        raise StorageError(f"cannot write {file}: {error.strerror}") from error
+    return file
+
+
+def _where(finding: Finding) -> str:
+    place = "" if finding.row is None else f" row {finding.row}"
+    return f"{finding.shard}{place}{f' ({finding.key})' if finding.key else ''}"

@@ -1,0 +1,123 @@
+"""The commands `mim shards ...`: what they take and print. The work is done in `mim/data`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.group()
+def shards() -> None:
+    """Make, index, verify and look into WebDataset shards.
+
+    \b
+    Examples:
+      mim shards make data/cifar10/train shards/cifar10 --labels-from-folders --val-ratio 0.1
+      mim shards verify shards/cifar10/train --decode
+    """
+
+
+@shards.command("make")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--labels-from-folders", is_flag=True, help="The first folder below FOLDER is the class.")
+@click.option("--val-ratio", default=0.0, show_default=True, help="Share held out in OUT/val; the rest is OUT/train.")
+@click.option("--shard-size", default=1000, show_default=True, help="Images per shard.")
+@click.option("--seed", default=0, show_default=True, help="Of the shuffle and the split.")
+@click.option("--workers", type=int, help="Processes; default: the allowed CPUs.")
+@click.option("--max-left-out", type=int, help="Unreadable images accepted; default: 1 % but at least 10.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def shards_make(folder: Path, out: Path, as_json: bool, **options: Any) -> None:
+    """Write the images below FOLDER (any nesting, labelled or not) as WebDataset shards to OUT.
+
+    Every image is decoded once; one that cannot be read is named, counted and left out.
+
+    \b
+    Examples:
+      mim shards make photos/ shards/photos --val-ratio 0.05
+      mim shards make data/cifar10/train shards/cifar10 --labels-from-folders
+    """
+    from mim import config
+    from mim.data.make import make
+
+    report = make(folder, out, **options)
+    click.echo(json.dumps(config.plain(report), indent=1) if as_json else report.text())
+
+
+@shards.command("inspect")
+@click.argument("dataset", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def shards_inspect(dataset: Path, as_json: bool) -> None:
+    """Show counts, classes, sizes and pixel statistics of a dataset folder.
+
+    \b
+    Example:
+      mim shards inspect shards/cifar10/train
+    """
+    from mim.data.shards import inspect
+
+    found = inspect(dataset)
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+        return
+    for name, value in found.items():
+        click.echo(f"{name:20} {json.dumps(value) if isinstance(value, (dict, list)) else value}")
+
+
+@shards.command("index")
+@click.argument("urls", nargs=-1, required=True, metavar="URL...")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--headers-only", is_flag=True, help="Read only the tars' headers, by ranges: no CRC32, no sha256.")
+@click.option("--labels", type=click.Choice(["cls"]), help="Read the class of each sample from its member .cls.")
+@click.option("--image", help="Ending of the image member, for samples that have several or an unusual one.")
+@click.option("--workers", type=int, help="Processes; default: the allowed CPUs.")
+@click.option("--part", help="i/n: only every n-th tar, from the i-th; then `mim shards join OUT`.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def shards_index(urls: tuple[str, ...], out: Path, part: str | None, as_json: bool, **options: Any) -> None:
+    """Turn an existing WebDataset into a dataset folder OUT without rewriting it.
+
+    A URL is a tar, a folder of tars, or an address (http, https, s3, gs, hf); {000..012} stands for numbers.
+
+    \b
+    Examples:
+      mim shards index /data/imagenet shards/imagenet --labels cls
+      mim shards index 'https://example.org/train-{0000..0127}.tar' shards/web --headers-only
+    """
+    from mim.data.index import index
+    from mim.data.parts import parse_part
+
+    tell(index(list(urls), out, part=parse_part(part), **options), as_json)
+
+
+@shards.command("verify")
+@click.argument("dataset", type=click.Path(path_type=Path))
+@click.option("--decode", is_flag=True, help="Decode every image too, and write DATASET/quarantine.json.")
+@click.option("--workers", type=int, help="Processes; default: the allowed CPUs.")
+@click.option("--part", help="i/n: only every n-th shard, from the i-th; then `mim shards join DATASET`.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def shards_verify(dataset: Path, decode: bool, workers: int | None, part: str | None, as_json: bool) -> None:
+    """Read every byte of DATASET once and name whatever differs from its lock; exit code 65 when something does.
+
+    \b
+    Examples:
+      mim shards verify shards/cifar10/train
+      mim shards verify shards/cifar10/train --decode --json
+    """
+    from mim.data.parts import parse_part
+    from mim.data.verify import verify
+
+    report = verify(dataset, decode=decode, workers=workers, part=parse_part(part))
+    tell(report, as_json)
+    if not report.clean:
+        sys.exit(65)
+
+
+def tell(report: Any, as_json: bool) -> None:
+    """Print a report, for people or as JSON."""
+    from mim import config
+
+    click.echo(json.dumps(config.plain(report), indent=1) if as_json else report.text())

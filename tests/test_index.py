@@ -1,0 +1,276 @@
+"""Foreign tars become a dataset without being rewritten; every odd name has a stated result."""
+
+import io
+import json
+import os
+import tarfile
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from mim.config import ConfigError
+from mim.contracts import DataError
+from mim.data.index import Options, Task, index, index_shard
+from mim.data.shards import LOCK, Dataset, inspect, read_lock
+from mim.data.store import Store
+from mim.data.verify import verify
+
+
+def picture(i, kind="JPEG"):
+    pixels = np.random.default_rng(i).integers(0, 256, (8, 10, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def write_tar(path, members, format=tarfile.PAX_FORMAT):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=format) as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def samples(first, count, **more):
+    """`count` samples as other tools write them: image, label with a line end, and metadata."""
+    members = []
+    for i in range(first, first + count):
+        members += [(f"{i:05d}.jpg", picture(i)), (f"{i:05d}.cls", b"%d\n" % (i % 4)), (f"{i:05d}.json", b"{}")]
+    return members
+
+
+@pytest.fixture
+def tars(tmp_path):
+    folder = tmp_path / "tars"
+    for number in range(3):
+        write_tar(folder / f"part-{number}.tar", samples(number * 5, 5))
+    return folder
+
+
+def read_all(dataset):
+    return [dataset.read(shard, row) for shard, count in enumerate(dataset.counts) for row in range(count)]
+
+
+@pytest.mark.parametrize("headers_only", [False, True])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_samples_are_those_that_webdataset_reads(tars, tmp_path, headers_only, workers):
+    before = {file: file.read_bytes() for file in tars.iterdir()}
+    report = index([str(tars)], tmp_path / "out", labels="cls", headers_only=headers_only, workers=workers)
+    assert {file: file.read_bytes() for file in tars.iterdir()} == before
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [LOCK, "part-0.npy", "part-1.npy", "part-2.npy"]
+    dataset = Dataset.open(tmp_path / "out")
+    theirs = webdataset.WebDataset(sorted(map(str, tars.iterdir())), shardshuffle=False)
+    for ours, other in zip(read_all(dataset), theirs, strict=True):
+        assert ours.key.partition("/")[2] == other["__key__"]
+        assert (ours.image, ours.label) == (other["jpg"], int(other["cls"]))
+    assert report.other_members == {"json": 15}
+    assert (report.num_samples, report.num_shards) == (15, 3)
+    assert dataset.classes == ["0", "1", "2", "3"]
+    assert inspect(tmp_path / "out")["classes"] == {"0": 4, "1": 4, "2": 4, "3": 3}
+    assert verify(tmp_path / "out", decode=True, workers=1).clean
+
+
+def test_the_statistics_are_measured_and_the_lock_says_on_how_many(tars, tmp_path, monkeypatch):
+    index([str(tars)], tmp_path / "all", workers=2)
+    found = read_lock(tmp_path / "all")["statistics"]
+    pixels = np.stack([np.asarray(Image.open(io.BytesIO(picture(i)))) for i in range(15)]).reshape(-1, 3) / 255
+    assert found["num_measured"] == 15
+    np.testing.assert_allclose(found["mean"], pixels.mean(0), atol=1e-6)
+    monkeypatch.setattr("mim.data.index.NUM_MEASURED", 4)
+    index([str(tars)], tmp_path / "some", workers=1)
+    index([str(tars)], tmp_path / "again", workers=2)
+    some = read_lock(tmp_path / "some")["statistics"]
+    assert 1 <= some["num_measured"] <= 4
+    assert some == read_lock(tmp_path / "again")["statistics"]
+
+
+def test_headers_only_reads_little_and_the_lock_says_what_is_proven(tmp_path, monkeypatch):
+    big = b"\xff" * 300_000
+    write_tar(tmp_path / "x.tar", [(f"{i}.{e}", d) for i in range(6) for e, d in (("jpg", picture(i) + big),)])
+    read = []
+    pread = Store.pread
+    monkeypatch.setattr(Store, "pread", lambda s, path, at, size: read.append(size) or pread(s, path, at, size))
+    monkeypatch.setattr("mim.data.index._measured", lambda *_: {"mean": [0.5] * 3, "std": [0.5] * 3})
+    index_shard(Task(0, str(tmp_path / "x.tar"), "x.tar", tmp_path, Options(headers_only=True)))
+    assert sum(read) < 0.05 * (tmp_path / "x.tar").stat().st_size
+    monkeypatch.undo()
+    index([str(tmp_path / "x.tar")], tmp_path / "out", headers_only=True, workers=1)
+    [shard] = read_lock(tmp_path / "out")["shards"]
+    assert (shard["sha256"], shard["proof"], len(shard["headers_sha256"])) == (None, "headers", 64)
+    assert not np.load(tmp_path / "out/x.npy")["image"]["crc32"].any()
+
+
+def test_a_header_that_changed_is_found_although_only_headers_were_indexed(tars, tmp_path):
+    index([str(tars)], tmp_path / "out", headers_only=True, workers=1)
+    good = read_all(Dataset.open(tmp_path / "out"))
+    path = tars / "part-1.tar"
+    data = bytearray(path.read_bytes())
+    offset = int(np.load(tmp_path / "out/part-1.npy")["image"]["offset"][2])
+    data[offset - 512 + 130] ^= 1  # its size
+    path.write_bytes(data)
+    dataset = Dataset.open(tmp_path / "out")
+    with pytest.raises(DataError, match=r"part-1\.tar"):
+        dataset.read(1, 2)
+    assert dataset.read(1, 3) == good[8]
+    assert not verify(tmp_path / "out", workers=1).clean
+
+
+def test_an_unreadable_image_that_is_not_proven_is_no_quarantine(tmp_path):
+    write_tar(tmp_path / "x.tar", [("a.jpg", picture(0)), ("b.jpg", b"text")])
+    index([str(tmp_path / "x.tar")], tmp_path / "out", headers_only=True, workers=1)
+    report = verify(tmp_path / "out", decode=True, workers=1)
+    assert "not proven" in report.findings[0].reason
+    assert json.loads(report.quarantine.read_text())["samples"] == []
+
+
+def test_braces_folders_and_files_name_tars(tars, tmp_path):
+    by_folder = index([str(tars)], tmp_path / "a", workers=1)
+    by_braces = index([str(tars / "part-{0..2}.tar")], tmp_path / "b", workers=1)
+    by_files = index([str(tars / f"part-{i}.tar") for i in range(3)], tmp_path / "c", workers=1)
+    assert by_folder.num_samples == by_braces.num_samples == by_files.num_samples == 15
+    assert len({Dataset.open(tmp_path / name).id for name in "abc"}) == 1
+
+
+def test_tars_of_one_name_in_two_folders_stay_apart(tmp_path):
+    for name in ("one", "two"):
+        write_tar(tmp_path / "in" / name / "x.tar", samples(len(name) if name == "two" else 0, 2))
+    index([str(tmp_path / "in")], tmp_path / "out", workers=1)
+    dataset = Dataset.open(tmp_path / "out")
+    assert sorted(f.name for f in (tmp_path / "out").glob("*.npy")) == ["000000-x.npy", "000001-x.npy"]
+    assert len({sample.key for sample in read_all(dataset)}) == 4
+
+
+def test_names_with_signs_that_mean_something_in_a_url_are_files(tmp_path):
+    path = write_tar(tmp_path / "a#1?x;y {z} %20.tar", samples(0, 2))
+    index([str(path)], tmp_path / "out", workers=1)
+    assert len(read_all(Dataset.open(tmp_path / "out"))) == 2
+
+
+def test_long_names_and_names_beyond_ascii_are_read_in_every_format(tmp_path):
+    names = ["n" * 120 + ".jpg", "ü/é.jpg", "f" * 90 + "/" + "g" * 90 + ".jpg"]
+    for format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        write_tar(tmp_path / f"{format}.tar", [(name, picture(i)) for i, name in enumerate(names)], format)
+        index([str(tmp_path / f"{format}.tar")], tmp_path / f"out{format}", workers=1)
+        keys = [sample.key.partition("/")[2] + ".jpg" for sample in read_all(Dataset.open(tmp_path / f"out{format}"))]
+        assert keys == names
+
+
+@pytest.mark.parametrize(
+    ("members", "result"),
+    [
+        (["img.0001.jpg", "img.0002.jpg"], "no sample has an image .* found: 0001.jpg .*perhaps --image 0001.jpg"),
+        (["a.jpg", "b.jpg", "a.cls"], "'a' comes back after other samples; sort the members"),
+        (["a.jpg", "b.jpg", "a.jpg"], "'a' comes back"),
+        (["a.jpg", "a.jpg"], "'a' has two members .jpg"),
+        (["a.jpg", "a.JPG"], "'a' has two members .jpg"),
+        (["a.jpg", "a.png"], "'a' has 2 images; choose --image jpg or --image png"),
+        (["a.txt", "b.json"], r"no sample has an image .* found: txt \(1\), json \(1\)"),
+        (["a", ".hidden.jpg", "__meta__/x.jpg"], r"no sample has an image .* \(no key or ending\) \(3\)"),
+        (["a.JPG", "b.Jpeg"], ["a", "b"]),
+        (["A.jpg", "a.jpg"], ["A", "a"]),
+        (["a.jpg", "b.txt", "c.jpg"], ["a", "c"]),
+        (["a.jpg", "a.__bad__", "b.jpg"], ["b"]),
+        (["d/a.jpg", "e/a.jpg"], ["d/a", "e/a"]),
+    ],
+)
+def test_every_odd_name_has_a_stated_result(tmp_path, members, result):
+    path = write_tar(tmp_path / "x.tar", [(name, picture(i)) for i, name in enumerate(members)])
+    if isinstance(result, str):
+        with pytest.raises(DataError, match=result):
+            index([str(path)], tmp_path / "out", workers=1)
+        assert not (tmp_path / "out" / LOCK).exists()
+        return
+    report = index([str(path)], tmp_path / "out", workers=1)
+    keys = [sample.key.partition("/")[2] for sample in read_all(Dataset.open(tmp_path / "out"))]
+    assert keys == result
+    left_out = {name.partition(".")[0] for name in members} - set(result)
+    assert {entry["file"].partition("/")[2] for entry in report.left_out} == left_out
+
+
+def test_one_of_two_images_can_be_chosen(tmp_path):
+    path = write_tar(tmp_path / "x.tar", [("a.input.jpg", picture(0)), ("a.target.jpg", picture(1))])
+    index([str(path)], tmp_path / "out", image="target.jpg", workers=1)
+    assert Dataset.open(tmp_path / "out").read(0, 0).image == picture(1)
+
+
+def test_many_samples_without_image_are_counted_and_the_first_are_named(tmp_path):
+    members = [(f"{i:04d}.txt", b"") for i in range(250)] + [("x.jpg", picture(0))]
+    index([str(write_tar(tmp_path / "x.tar", members))], tmp_path / "out", workers=1)
+    assert inspect(tmp_path / "out")["num_left_out"] == 250
+    assert len(read_lock(tmp_path / "out")["left_out"]) == 101
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [(b"cat", "has the label b'cat'"), (b"-1", "label"), (b"9" * 7, "label"), (b"1" * 30, "30 bytes")],
+)
+def test_a_label_that_is_no_class_number_is_refused(tmp_path, label, message):
+    path = write_tar(tmp_path / "x.tar", [("a.jpg", picture(0)), ("a.cls", label)])
+    with pytest.raises(DataError, match=message):
+        index([str(path)], tmp_path / "out", labels="cls", workers=1)
+
+
+def test_a_sample_without_its_label_is_refused(tmp_path):
+    path = write_tar(tmp_path / "x.tar", [("a.jpg", picture(0)), ("a.cls", b"1"), ("b.jpg", picture(1))])
+    with pytest.raises(DataError, match=r"byte \d+: sample 'b' has no label .*leave the labels out"):
+        index([str(path)], tmp_path / "out", labels="cls", workers=1)
+
+
+@pytest.mark.parametrize("headers_only", [False, True])
+def test_every_truncation_is_refused_with_tar_and_byte(tmp_path, headers_only):
+    path = write_tar(tmp_path / "x.tar", samples(0, 8))
+    whole = path.read_bytes()
+    with tarfile.open(path) as archive:
+        content = [(m.offset, m.offset_data, m.size) for m in archive]
+    end = content[-1][1] + -(-content[-1][2] // 512) * 512
+    cuts = set(np.random.default_rng(0).integers(1, end + 1023, 100).tolist())
+    cuts |= {header for header, _, _ in content} - {0} | {header + 100 for header, _, _ in content} | {end, end + 512}
+    task = Task(0, str(path), "x.tar", tmp_path, Options(headers_only=headers_only))
+    for cut in cuts:
+        path.write_bytes(whole[:cut])
+        with pytest.raises(DataError, match=r"x\.tar, byte \d+: .*truncated"):
+            index_shard(task)
+    with pytest.raises(DataError, match=r"x\.tar, byte \d+: .*truncated"):  # from another process too
+        index([str(path)], tmp_path / "out", headers_only=headers_only, workers=1)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("pipe:cat x.tar", "pipe: is not read"),
+        ("file:///etc/passwd", "file:// is not read"),
+        ("-", "is no file"),
+        ("nowhere.tar", "is no file"),
+        ("https://me:secret@host/x.tar", "carries a user"),
+        ("https://host/x.tar?X-Amz-Signature=secret", "carries a user, a query"),
+        ("x{1..", "is no file|unbalanced"),
+    ],
+)
+def test_what_is_no_tar_is_refused_without_credentials_in_the_text(tmp_path, url, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        index([url], tmp_path / "out", workers=1)
+    assert "secret" not in str(error.value)
+
+
+def test_what_lies_in_out_is_never_overwritten(tars, tmp_path):
+    index([str(tars)], tmp_path / "out", workers=1)
+    with pytest.raises(ConfigError, match="holds a dataset already"):
+        index([str(tars)], tmp_path / "out", workers=1)
+    np.save(tars / "part-0.npy", np.zeros(3))
+    with pytest.raises(ConfigError, match="is an array of yours"):
+        index([str(tars)], tars, workers=1)
+    with pytest.raises(ConfigError, match="is named twice"):
+        index([str(tars), str(tars / "part-0.tar")], tmp_path / "other", workers=1)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="holds no .tar files"):
+        index([str(tmp_path / "empty")], tmp_path / "other", workers=1)
+
+
+def test_the_index_may_lie_beside_the_tars(tars):
+    index([str(tars)], tars, workers=1)
+    assert len(read_all(Dataset.open(tars))) == 15
+    assert os.path.isabs(read_lock(tars)["shards"][0]["url"])
