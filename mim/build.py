@@ -20,6 +20,7 @@ from mim import checkpoint, config
 from mim.config import ConfigError
 from mim.contracts import Batch, LoadedRun
 from mim.data import make, shards, stream
+from mim.data.mixture import AnyDataset, Mixture
 from mim.log import say
 
 Sections = dict[str, Any]
@@ -48,7 +49,7 @@ class Built:
     sections: Sections  # resolved: complete with defaults, as saved in config.yaml
 
 
-def build(sections: Sections, *, dataset: shards.Dataset | None = None, load_tokenizer: bool = True) -> Built:
+def build(sections: Sections, *, dataset: AnyDataset | None = None, load_tokenizer: bool = True) -> Built:
     """Build everything that a recipe names.
 
     `dataset` supplies the pixel statistics that the recipe leaves open. With `load_tokenizer=False` a frozen tokenizer
@@ -62,7 +63,7 @@ def build(sections: Sections, *, dataset: shards.Dataset | None = None, load_tok
         raise ConfigError(str(error)) from error
 
 
-def _build(sections: Sections, dataset: shards.Dataset | None, load_tokenizer: bool) -> Built:
+def _build(sections: Sections, dataset: AnyDataset | None, load_tokenizer: bool) -> Built:
     data = config.typed(stream.Config, sections["data"], "data")
     size = image_size(data)
     objective_module, objective_cfg = config.component("mim.objectives", sections.get("objective"), "objective")
@@ -110,7 +111,7 @@ def image_size(data: stream.Config) -> tuple[int, int]:
     return size[0], size[1]
 
 
-def statistics(channels: int, dataset: shards.Dataset | None) -> tuple[list[float], list[float]]:
+def statistics(channels: int, dataset: AnyDataset | None) -> tuple[list[float], list[float]]:
     """Pixel mean and std per channel: the dataset's own; without one ImageNet's for three channels, 0.5 otherwise.
 
     A gray dataset read in colour repeats its values. A colour dataset read in gray gets the means over its channels,
@@ -123,24 +124,38 @@ def statistics(channels: int, dataset: shards.Dataset | None) -> tuple[list[floa
     return [float(np.mean(dataset.mean))] * channels, [float(np.mean(dataset.std))] * channels
 
 
-def open_data(sections: Sections) -> tuple[shards.Dataset, shards.Dataset | None]:
-    """Open the training and the held-out dataset; an image folder is made into shards once, in the cache."""
+def open_data(sections: Sections) -> tuple[AnyDataset, shards.Dataset | None]:
+    """Open the training and the held-out dataset; an image folder is made into shards once, in the cache.
+
+    Of several sources, only `data.val_path` holds out.
+    """
     data = config.typed(stream.Config, sections["data"], "data")
     cache = Path(sections.get("train", {}).get("cache_dir") or "~/.cache/mimstream").expanduser()
-    root = Path(data.path).expanduser()
-    if not (shards.is_dataset(root) or shards.is_dataset(root / "train")):
-        labels = data.labels_from_folders
-        root = make.cached(root, cache, labels_from_folders=labels, val_ratio=data.val_ratio, seed=data.seed)
-    inside = root / "train" if shards.is_dataset(root / "train") else root
-    held_out = data.val_path or (root / "val" if shards.is_dataset(root / "val") else None)
-    if held_out is None:
-        return shards.Dataset.open(inside), None
-    held_out = Path(held_out).expanduser()
-    if not shards.is_dataset(held_out):
-        held_out = make.cached(
-            held_out, cache, labels_from_folders=data.labels_from_folders, val_ratio=0.0, seed=data.seed
-        )
-    return shards.Dataset.open(inside), shards.Dataset.open(held_out)
+    inside: AnyDataset
+    if data.sources:
+        folders = [_dataset_folder(source.path, data, cache, val_ratio=0.0) for source in data.sources]
+        datasets = [shards.Dataset.open(_part(folder, "train") or folder) for folder in folders]
+        inside, held_out = Mixture(datasets, [source.weight for source in data.sources]), None
+    else:
+        root = _dataset_folder(str(data.path), data, cache, val_ratio=data.val_ratio)
+        inside, held_out = shards.Dataset.open(_part(root, "train") or root), _part(root, "val")
+    if data.val_path is not None:
+        held_out = _dataset_folder(data.val_path, data, cache, val_ratio=0.0)
+    return inside, shards.Dataset.open(held_out) if held_out is not None else None
+
+
+def _dataset_folder(path: str, data: stream.Config, cache: Path, *, val_ratio: float) -> Path:
+    """A dataset folder, or the one that holds its `train` and `val`; of an image folder, what was made of it."""
+    root = Path(path).expanduser()
+    if shards.is_dataset(root) or _part(root, "train"):
+        return root
+    labels = data.labels_from_folders
+    return make.cached(root, cache, labels_from_folders=labels, val_ratio=val_ratio, seed=data.seed)
+
+
+def _part(root: Path, name: str) -> Path | None:
+    """The dataset `name` inside a folder, if it is one."""
+    return root / name if shards.is_dataset(root / name) else None
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ A `Batch` is a dict:
     keys               list[str], "shard.tar/sample", for messages and pictures
     position           int, global positions consumed after this step
     epoch              int, epoch of the first row
+    bad                list[dict], samples that could not be decoded: sample, key, reason, and the substitute's key
     fingerprint        int, commutative hash of the consumed positions, to compare two streams
 """
 

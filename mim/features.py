@@ -11,7 +11,8 @@ from torch import Tensor
 from mim import build
 from mim.config import ConfigError
 from mim.contracts import LoadedRun
-from mim.data import shards, stream
+from mim.data import stream
+from mim.data.mixture import AnyDataset
 
 Embed = Callable[[Tensor], Tensor]  # images (B, C, H, W) in [0, 1] -> (B, D)
 
@@ -43,7 +44,7 @@ def pooled(loaded: LoadedRun, pool: str) -> Embed:
 
 
 @torch.no_grad()
-def extract(dataset: shards.Dataset, views: build.Views, embed: Embed, *, batch_size: int, limit: int | None) -> Split:
+def extract(dataset: AnyDataset, views: build.Views, embed: Embed, *, batch_size: int, limit: int | None) -> Split:
     """Embed every labelled sample of a dataset, or a fixed random subset of `limit`."""
     if dataset.classes is None:
         raise ConfigError(

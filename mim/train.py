@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import signal
 import time
@@ -27,7 +28,7 @@ import tokenizer as tokenizers
 from mim import __version__, build, checkpoint, config, optim
 from mim.config import ConfigError
 from mim.contracts import LoadedRun
-from mim.data import order, shards, stream
+from mim.data import mixture, order, quarantine, shuffle, stream
 from mim.log import Averages, Progress, RunLog, say, write_json
 from mim.schedules import to_steps
 
@@ -70,8 +71,9 @@ class Job:
     run: Path
     built: build.Built
     rates: optim.Rates
-    dataset: shards.Dataset
-    sequence: order.Order
+    dataset: mixture.AnyDataset
+    sequence: mixture.AnyOrder
+    journal: quarantine.Journal
     experiment: dict[str, Any]
     accelerator: Accelerator
     model: nn.Module  # the wrapped objective
@@ -118,15 +120,17 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
     torch.manual_seed(cfg.optim.seed)
     built = build.build(config.plain(cfg), dataset=dataset)
     data = built.views.data
-    sequence = order.Order(
-        dataset.id, dataset.counts, seed=data.seed, lanes=data.lanes, window=data.window, repeats=data.repeats
-    )
+    sequence = mixture.order_of(dataset, seed=data.seed, lanes=data.lanes, window=data.window, repeats=data.repeats)
+    journal = quarantine.Journal(mixture.bad_samples(dataset), dataset.counts, budget=data.bad_budget)
 
     # ---- run directory -----------------------------------------------------------------------------------------------
     experiment = identity(built.sections, dataset)
     resumed = find_resume(run, experiment, main_rank)
     for line in describe(cfg, run, built, rates, dataset, accelerator):
         say(line, main=main_rank)
+    if main_rank:
+        for line in shuffle.report(sequence, dataset, batch_size=cfg.optim.batch_size).lines():
+            say(line)
     if dry_run:
         return DONE
     accelerator.wait_for_everyone()
@@ -142,10 +146,11 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
     trained = {n: p for n, p in objective.named_parameters() if p.requires_grad}
     ema = {n: p.detach().clone() for n, p in trained.items()} if cfg.optim.ema is not None else {}
     name = Path(recipe).stem
-    job = Job(cfg, run, built, rates, dataset, sequence, experiment, accelerator, model, optimizer, ema, name)
+    job = Job(cfg, run, built, rates, dataset, sequence, journal, experiment, accelerator, model, optimizer, ema, name)
     state: dict[str, Any] = {"step": 0}
     if resumed is not None:
         state = checkpoint.restore(resumed, model, optimizer.optimizer, ema)
+        journal.restore(state.get("bad", []))
         say(
             f"resumed at step {state['step']} of {rates.total_steps}, position {state['position']} of the stream",
             main=main_rank,
@@ -165,7 +170,7 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
     every = intervals(cfg, len(job.dataset))
     averages = Averages(state.get("averages") if main_rank else None)
     fingerprint = state.get("fingerprint", 0) if main_rank else 0  # the ranks' shares are added when it is read
-    log = RunLog(job.run / "log.jsonl", start) if main_rank else None
+    log, bad_log = (RunLog(job.run / f"{n}.jsonl", start) if main_rank else None for n in ("log", "journal"))
     progress_line = Progress(start, total, batch_size=batch_size, main=main_rank)
     status(job, "running", start)
     batches = iter(loader(job, start))
@@ -190,6 +195,7 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
                 accelerator.backward((out["loss"] * batch["weight"]).sum() * (ranks / batch_size))  # DDP takes the mean
             averages.add(out, batch["weight"])
             fingerprint = (fingerprint + batch["fingerprint"]) % stream.FINGERPRINT_MODULUS
+            job.journal.add(step, batch["bad"])
 
         # ---- update; skipped on the device when the gradient is not finite -------------------------------------------
         norm = clip(accelerator, model, cfg.optim.clip_grad)
@@ -210,10 +216,13 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
         ending = step == total
         logging = ending or step % every["log"] == 0
         stopping = agree(stop(step), ranks) if ranks == 1 or logging else False
+        saving = stopping or ending or step % every["save"] == 0
+        if logging or saving:
+            job.journal.collect(bad_log, lambda found: gather(found, device))
         if logging:
             values: dict[str, Any] = averages.read(add_over_ranks)
             values |= {"lr": lr, "weight_decay": weight_decay, "epoch": step * batch_size / len(job.dataset)}
-            values |= progress_line.rates(step)
+            values |= {"num_bad": len(job.journal.bad), **progress_line.rates(step)}
             fingerprint = total_fingerprint(fingerprint, device, main_rank)
             progress_line.show(step, values)
             accelerator.log(values, step=step)
@@ -222,7 +231,7 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
         for name in cfg.evals:
             if ending or step % every[name] == 0:
                 look(job, name, step, log)
-        if stopping or ending or step % every["save"] == 0:
+        if saving:
             fingerprint = total_fingerprint(fingerprint, device, main_rank)
             save(job, step, fingerprint, averages)
         if stopping and not ending:
@@ -257,6 +266,7 @@ def loader(job: Job, start: int) -> Any:
         micro_batches=cfg.train.micro_batches,
         position=start * cfg.optim.batch_size,
         num_steps=job.rates.total_steps - start,
+        known=job.journal.bad,
         workers=num_workers(cfg.train.workers),
         pin_memory=accelerator.device.type == "cuda",
     )
@@ -292,6 +302,24 @@ def add_over_ranks(value: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(value)
     return value
+
+
+def gather(values: list[Any], device: torch.device) -> list[Any]:
+    """The lists of all ranks, joined in the order of ranks. They travel as JSON: nothing is unpickled."""
+    if not dist.is_initialized():
+        return values
+    text = torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8, device=device)
+    sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
+    sizes[dist.get_rank()] = len(text)
+    lengths = add_over_ranks(sizes).tolist()
+    if max(lengths) == len("[]"):
+        return []
+    padded = torch.zeros(max(lengths), dtype=torch.uint8, device=device)
+    padded[: len(text)] = text
+    texts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(texts, padded)
+    lists = [json.loads(bytes(t[:n].tolist())) for t, n in zip(texts, lengths, strict=True)]
+    return [value for found in lists for value in found]
 
 
 def total_fingerprint(share: int, device: torch.device, main_rank: bool) -> int:
@@ -415,6 +443,7 @@ def save(job: Job, step: int, fingerprint: int, averages: Averages) -> None:
         "position": step * job.cfg.optim.batch_size,
         "fingerprint": fingerprint,
         "averages": averages.state(add_over_ranks),
+        "bad": job.journal.state(),
         "order": job.sequence.identity(),
         "experiment": config.digest(job.experiment),
         "versions": {"mimstream": __version__, "torch": torch.__version__},
@@ -446,10 +475,10 @@ def status(job: Job, state: str, step: int) -> None:
 # ---- run directory and start lines ---------------------------------------------------------------
 
 
-def identity(sections: dict[str, Any], dataset: shards.Dataset) -> dict[str, Any]:
+def identity(sections: dict[str, Any], dataset: mixture.AnyDataset) -> dict[str, Any]:
     """What is learned: the experiment sections without paths, the dataset's id and the frozen tokenizer's hash."""
     found = {name: config.plain(sections.get(name)) for name in EXPERIMENT}
-    looks = ("path", "val_path", "eval_view", "labels_from_folders", "val_ratio")
+    looks = ("path", "sources", "val_path", "eval_view", "labels_from_folders", "val_ratio", "bad_budget")
     found["data"] = {key: value for key, value in found["data"].items() if key not in looks}
     found["dataset_id"] = dataset.id
     if sections.get("encoder") is not None and sections.get("tokenizer") is not None:
@@ -484,7 +513,12 @@ def open_run(run: Path, recipe: str, sections: dict[str, Any], experiment: dict[
 
 
 def describe(
-    cfg: Config, run: Path, built: build.Built, rates: optim.Rates, dataset: shards.Dataset, accelerator: Accelerator
+    cfg: Config,
+    run: Path,
+    built: build.Built,
+    rates: optim.Rates,
+    dataset: mixture.AnyDataset,
+    accelerator: Accelerator,
 ) -> list[str]:
     """The start lines: what is really used, not what was asked for."""
     device = accelerator.device
@@ -504,6 +538,7 @@ def describe(
         f"batch {cfg.optim.batch_size} = {ranks} x {micro} micro-batch{'es' * (micro > 1)} of {rows}, "
         f"{num_workers(cfg.train.workers)} loader workers per rank",
         f"data {dataset.path}: {len(dataset)} images in {len(dataset.counts)} shards, views {built.views.sizes}",
+        *(dataset.describe(cfg.optim.batch_size, rates.total_steps) if isinstance(dataset, mixture.Mixture) else []),
         f"1 epoch = {len(dataset)} images = {epoch:.1f} steps; run = {rates.total_steps} steps; "
         f"learning rate {rates.lr:.3g} after {rates.warmup_steps} steps of warm-up",
     ]

@@ -1,12 +1,15 @@
 """Two processes give the losses of one, launched as users launch them."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests import damage
 from tests.test_train import dataset, lines, recipe, run, tensors  # noqa: F401  (dataset is a fixture)
 
 ROOT = Path(__file__).parent.parent
@@ -52,3 +55,19 @@ def test_a_wrong_batch_size_is_one_sentence_on_two_processes(dataset, tmp_path):
     assert "optim.batch_size=3 is smaller than 2 processes x 2 micro-batches; use at least 4" in failed.stderr
     assert not (tmp_path / "run").exists()
     assert failed.returncode == 1  # what torchrun makes of every failure
+
+
+def test_bad_samples_that_any_process_meets_are_in_the_journal_and_the_stream_is_that_of_one(dataset, tmp_path):  # noqa: F811
+    shutil.copytree(dataset, tmp_path / "damaged")
+    bad = [2, 9, 17]
+    damage.cut_images(tmp_path / "damaged", bad)
+    path = recipe(tmp_path / "damaged", tmp_path, encoder__drop_path_rate=0.0)
+    run(path, tmp_path / "one")
+    launched = torchrun(path, tmp_path / "two")
+    assert launched.returncode == 0, launched.stderr
+    journals = [(tmp_path / name / "journal.jsonl").read_text() for name in ("one", "two")]
+    assert journals[0] == journals[1]
+    assert {json.loads(line)["sample"] for line in journals[0].splitlines()} == set(bad)
+    one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
+    assert [entry["fingerprint"] for entry in two] == [entry["fingerprint"] for entry in one]
+    assert two[-1]["num_bad"] == 3

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from mim.config import ConfigError
+from mim.data import order as order_module
 from mim.data.order import Order, Plan, permutation, rng, share
 
 COUNTS = (7, 1, 0, 12, 5)  # uneven, one empty: 25 samples
@@ -34,6 +35,15 @@ def test_a_position_leads_to_the_same_sample_whatever_was_asked_before(lanes, wi
     jumping = order(lanes=lanes, window=window)
     for position in permutation(200, "jumps"):
         assert rows(jumping.locate([position])) == [forward[position]]
+
+
+@pytest.mark.parametrize(("lanes", "window"), [(None, None), (1, 4), (3, 4), (25, 1)])
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_find_tells_where_locate_found_a_sample(lanes, window, epoch):
+    mine = order(lanes=lanes, window=window)
+    slots = mine.find(np.arange(25), epoch)
+    assert mine.locate(slots).sample.tolist() == list(range(25))
+    assert set(mine.locate(slots).epoch.tolist()) == {epoch}
 
 
 def test_epochs_and_seeds_differ():
@@ -133,3 +143,85 @@ def test_named_generators_agree_and_differ_by_every_part_of_the_name():
         ("view", 1, 2, 3, 0),
     ]
     assert len({rng(*other).random() for other in [name, *others]}) == 6
+
+
+# ---- any world, any start ------------------------------------------------------------------------
+
+WORLDS = (*range(1, 9), 24)
+
+
+def global_rows(counts, world, *, size, start=0, steps=6, **changes):
+    """Per step, (position, sample, epoch, draw) of all ranks, by position."""
+    found = [[] for _ in range(steps)]
+    for rank in range(world):
+        mine = order(counts=counts, **changes)  # each process has its own
+        plan = Plan(mine.repeats, size, rank, world, position=start, num_steps=steps)
+        for step, micro in enumerate(plan):
+            slots = mine.locate(micro.positions)
+            found[step] += zip(micro.positions.tolist(), *(a.tolist() for a in (slots.sample, slots.epoch, slots.draw)),
+                               strict=True)  # fmt: skip
+    return [sorted(rows) for rows in found]
+
+
+@pytest.mark.parametrize("repeats", [1, 4])
+@pytest.mark.parametrize("counts", [COUNTS, [25], [1] * 25], ids=["uneven", "one shard", "shards of one"])
+@pytest.mark.parametrize(("size", "start"), [(24, 0), (29, 0), (31, 77), (100, 12345)])
+def test_global_batches_are_the_same_for_worlds_of_1_to_8_and_24(counts, size, start, repeats):
+    options = {"size": size, "start": start, "repeats": repeats, "lanes": 3, "window": 4}
+    expected = global_rows(counts, 1, **options)
+    assert [[row[0] for row in rows] for rows in expected] == [
+        list(range(start + step * size, start + (step + 1) * size)) for step in range(6)
+    ]
+    for world in WORLDS[1:]:
+        assert global_rows(counts, world, **options) == expected, world
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_ranks_together_see_every_sample_once_per_epoch(world):
+    seen = collections.Counter()
+    for rows in global_rows(COUNTS, world, size=25, steps=4, lanes=2, window=6):
+        assert {epoch for _, _, epoch, _ in rows} == {rows[0][2]}
+        seen.update(sample for _, sample, _, _ in rows)
+    assert seen == dict.fromkeys(range(25), 4)
+
+
+def test_a_cold_seek_among_100_million_samples_sorts_the_shards_and_the_windows_it_needs(monkeypatch):
+    """100,000 uneven shards; the first batch after a resume deep in the third epoch."""
+    counts = 600 + np.arange(100_000) % 801  # 100 million
+    cold, sizes = order(counts=counts), []
+    assert cold.num_samples > 99_000_000
+    honest = order_module.permutation
+    monkeypatch.setattr(order_module, "permutation", lambda n, *name: sizes.append(n) or honest(n, *name))
+    slots = cold.locate(range(2 * cold.num_samples + 91_234_567, 2 * cold.num_samples + 91_234_567 + 1024))
+    assert sorted(set(sizes)) == [2048, len(counts)]
+    assert sizes.count(len(counts)) == 1
+    assert len(sizes) - 1 <= 2 * cold.lanes
+    assert (slots.row < counts[slots.shard]).all()
+    assert len(set(slots.sample.tolist())) == 1024
+
+
+# ---- substitutes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_a_substitute_is_another_sample_of_the_window_and_the_same_for_every_draw(repeats):
+    mine = order(lanes=2, window=4, repeats=repeats)
+    windows = collections.defaultdict(set)
+    for slot, sample in enumerate(mine.locate(range(0, 25 * repeats, repeats)).sample.tolist()):
+        windows[slot % 2, slot // 2 // 4].add(sample)
+    for slot in range(25):
+        members = windows[slot % 2, slot // 2 // 4]
+        own = int(mine.locate([slot * repeats]).sample[0])
+        for attempt in range(1, 9):
+            picks = {mine.substitute(slot * repeats + draw, attempt) for draw in range(repeats)}
+            assert len(picks) == 1
+            (pick,) = picks
+            assert pick.sample in members - {own} or len(members) == 1
+            assert mine._first_sample[pick.shard] + pick.row == pick.sample
+
+
+def test_substitutes_are_frozen_and_differ_by_epoch_and_attempt():
+    """Runs are resumed by later versions: these numbers must never change."""
+    mine = order()
+    assert [mine.substitute(3, attempt).sample for attempt in (1, 2, 3)] == [12, 8, 7]
+    assert len({mine.substitute(3 + 25 * epoch, 1).sample for epoch in range(8)}) > 1

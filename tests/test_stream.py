@@ -16,6 +16,7 @@ from mim.data.decode import decode
 from mim.data.make import make
 from mim.data.order import Order
 from mim.data.shards import Dataset
+from mim.data.store import Store
 from mim.data.stream import evaluate, loader
 
 SIZES = [(16, 24), (8, 12)]
@@ -102,6 +103,52 @@ def test_every_sample_comes_once_per_epoch(dataset, world):
     epochs = [sorted(key for key, _ in rows) for rows, _ in steps]
     assert epochs[0] == epochs[1] == epochs[2]
     assert len(set(epochs[0])) == 23
+
+
+@pytest.fixture(scope="module")
+def one_shard(dataset, tmp_path_factory):
+    """The same kind of images in a single shard."""
+    root = tmp_path_factory.mktemp("one")
+    rng = np.random.default_rng(1)
+    for i in range(13):
+        path = root / "in" / "abc"[i % 3] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (12 + i, 16, 3), dtype=np.uint8)).save(path)
+    make(root / "in", root / "out", labels_from_folders=True, workers=1)
+    found = Dataset.open(root / "out")
+    assert len(found.counts) == 1
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("repeats", [1, 4])
+@pytest.mark.parametrize("shards", ["uneven", "one"])
+def test_pixels_and_masks_are_the_same_for_worlds_of_1_to_8_and_24(dataset, one_shard, shards, repeats):
+    """Batches of 29: no world but 1 divides them. Starts anywhere; some worlds read with workers."""
+    source = dataset if shards == "uneven" else one_shard
+    options = {"batch_size": 29, "num_steps": 2, "position": 29 * 7, "order": order_of(source, repeats=repeats)}
+    expected = global_batches(source, 1, **options)
+    for world, workers in ((2, 0), (3, 0), (4, 1), (5, 0), (6, 0), (7, 0), (8, 0), (24, 0), (1, 3), (2, 2)):
+        assert global_batches(source, world, workers=workers, **options) == expected, (world, workers)
+
+
+def test_a_resume_reads_only_the_samples_of_its_own_batches(dataset, monkeypatch):
+    read = []
+    honest = Store.pread
+
+    def counting(self, path, offset, size):
+        read.append((path, offset, size))
+        return honest(self, path, offset, size)
+
+    monkeypatch.setattr(Store, "pread", counting)
+    whole = batches(dataset, num_steps=6)
+    before = list(read)
+    assert len(set(before[:23])) == len(before[:23]) == 23  # an epoch: every sample once, not a byte twice
+    read.clear()
+    batches(dataset, position=4 * 8, num_steps=2)
+    assert read == before[4 * 8 :]
+    assert sum(size for _, _, size in read) == sum(size for _, _, size in before[4 * 8 :])
+    assert len(read) == sum(len(batch["keys"]) for batch in whole[4:])
 
 
 def test_epochs_and_draws_see_other_crops_and_masks(dataset):

@@ -175,7 +175,9 @@ def test_the_machine_may_change_between_runs(dataset, tmp_path):
 def test_a_dry_run_writes_nothing(dataset, tmp_path, capsys):
     assert train.main(recipe(dataset, tmp_path), [f"train.run={tmp_path / 'run'}"], dry_run=True) == train.DONE
     assert not (tmp_path / "run").exists()
-    assert "1 epoch = 23 images = 3.8 steps; run = 7 steps" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "1 epoch = 23 images = 3.8 steps; run = 7 steps" in said
+    assert "order: a full permutation of 23 images per epoch; a batch draws from " in said
 
 
 def test_a_folder_with_other_files_is_not_taken_for_a_run_directory(dataset, tmp_path):

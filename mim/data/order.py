@@ -6,6 +6,7 @@
     position:  p of the endless stream is draw p % m of slot i = p // m; epoch i // N, q = i % N,
                lane q % L, place q // L
     rank:      r of R takes the positions with (p // m) % R == r
+    bad:       a slot whose sample cannot be decoded takes another of the same window: a keyed pick for each attempt
 
 So every sample comes once per epoch (times m) for any number of processes, resuming is a seek, and the whole state of
 the data is one integer. Randomness has names: what is drawn for a sample depends on (purpose, seed, epoch, sample,
@@ -59,6 +60,14 @@ class Slots(NamedTuple):
     draw: np.ndarray  # 0 <= draw < repeats
 
 
+class Place(NamedTuple):
+    """Where one sample lies."""
+
+    shard: int
+    row: int  # in the shard
+    sample: int  # index over the whole dataset
+
+
 class Order:
     """The order of the module docstring. By default one full permutation per epoch below 10^7 samples."""
 
@@ -86,9 +95,10 @@ class Order:
         for name in ("window", "repeats"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"data.{name}={getattr(self, name)} must be at least 1")
+        self.chances = self.counts / self.num_samples  # of each shard to own a slot
         self._first_sample = np.cumsum(self.counts) - self.counts  # (shards,)
-        self._shards: _Recent[tuple[np.ndarray, np.ndarray]] = _Recent(capacity=4)  # a batch straddles few epochs
-        self._windows: _Recent[np.ndarray] = _Recent(
+        self._shards: Recent[tuple[np.ndarray, np.ndarray]] = Recent(capacity=4)  # a batch straddles few epochs
+        self._windows: Recent[np.ndarray] = Recent(
             capacity=2 * self.lanes + 2
         )  # each lane in its window, or in the next one
 
@@ -108,11 +118,49 @@ class Order:
         shard, row = np.empty_like(slot), np.empty_like(slot)
         for e in np.unique(epoch).tolist():
             members = np.flatnonzero(epoch == e)
-            permuted, ends = self._shard_order(e)
-            at = np.searchsorted(ends, virtual[members], side="right")
-            shard[members] = permuted[at]
-            row[members] = virtual[members] - (ends[at] - self.counts[permuted[at]])
+            shard[members], row[members] = self._stored(e, virtual[members])
         return Slots(epoch, shard, row, self._first_sample[shard] + row, draw)
+
+    def substitute(self, position: int, attempt: int) -> Place:
+        """Return the sample that takes the place of a bad one: another of its window, the same for every draw."""
+        epoch, q = divmod(position // self.repeats, self.num_samples)
+        place, lane = divmod(q, self.lanes)
+        window, inside = divmod(place, self.window)
+        start, permuted = self._window(epoch, lane, window)
+        pick = key64("substitute", self.dataset_id, self.seed, epoch, lane, place, attempt)
+        other = (inside + 1 + pick % max(len(permuted) - 1, 1)) % len(permuted)
+        (shard,), (row,) = self._stored(epoch, start + permuted[[other]])
+        return Place(int(shard), int(row), int(self._first_sample[shard] + row))
+
+    def find(self, samples: np.ndarray, epoch: int = 0) -> np.ndarray:
+        """The inverse of `locate`: the slots (positions / repeats) in which samples come in an epoch. Int64 (n,)."""
+        shard = np.searchsorted(self._first_sample + self.counts, samples, side="right")
+        order, ends = self._shard_order(epoch)
+        at = np.empty_like(order)
+        at[order] = np.arange(len(order))
+        virtual = ends[at[shard]] - self.counts[shard] + samples - self._first_sample[shard]
+        smallest, longer = divmod(self.num_samples, self.lanes)
+        first = np.arange(self.lanes) * smallest + np.minimum(np.arange(self.lanes), longer)  # where lanes start
+        lane = np.searchsorted(first, virtual, side="right") - 1
+        window, inside = np.divmod(virtual - first[lane], self.window)
+        place = np.empty_like(virtual)
+        for name in set(zip(lane.tolist(), window.tolist(), strict=True)):
+            members = np.flatnonzero((lane == name[0]) & (window == name[1]))
+            permuted = self._window(epoch, *name)[1]
+            places = np.empty_like(permuted)
+            places[permuted] = np.arange(len(places))  # the inverse
+            place[members] = name[1] * self.window + places[inside[members]]
+        return epoch * self.num_samples + place * self.lanes + lane
+
+    def epoch(self, position: int) -> int:
+        """How many times the stream has passed `num_samples` slots before a position."""
+        return position // (self.repeats * self.num_samples)
+
+    def summary(self) -> str:
+        """The order in a few words, for people."""
+        if self.lanes == 1 and self.window >= self.num_samples:
+            return f"a full permutation of {self.num_samples} images per epoch"
+        return f"{self.lanes} lane{'s' * (self.lanes > 1)}, windows of {self.window}"
 
     def identity(self) -> dict[str, str | int]:
         """What must be equal for two runs to see the same stream; JSON scalars for a checkpoint."""
@@ -125,6 +173,13 @@ class Order:
             "window": self.window,
             "repeats": self.repeats,
         }
+
+    def _stored(self, epoch: int, virtual: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return shard and row of places in an epoch's virtual sequence."""
+        permuted, ends = self._shard_order(epoch)
+        at = np.searchsorted(ends, virtual, side="right")
+        shard = permuted[at]
+        return shard, virtual - (ends[at] - self.counts[shard])
 
     def _window(self, epoch: int, lane: int, window: int) -> tuple[int, np.ndarray]:
         """Return where a window starts in the virtual sequence, and the permutation inside it."""
@@ -203,7 +258,7 @@ class Plan:
                 yield MicroBatch(rows, self.micro_size, filler=start, position=end)
 
 
-class _Recent(Generic[T]):
+class Recent(Generic[T]):
     """The most recently used values by name."""
 
     def __init__(self, capacity: int):

@@ -8,36 +8,51 @@ quarter of the transport.
 
 from __future__ import annotations
 
+import functools
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Union
+from typing import Any, NamedTuple, Union
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import data as torch_data
 
+from mim.config import ConfigError
 from mim.contracts import Batch, DataError
 from mim.data.augment import Sizes
 from mim.data.decode import BadImage, decode
-from mim.data.order import MicroBatch, Order, Plan, Slots, key64, permutation, rng
-from mim.data.shards import Dataset, Sample
+from mim.data.mixture import AnyDataset, AnyOrder, bad_samples
+from mim.data.order import MicroBatch, Place, Plan, Slots, key64, permutation, rng
+from mim.data.quarantine import Bad
+from mim.log import say
 
 View = Callable[[Tensor, np.random.Generator, Sizes], list[Tensor]]
 Mask = Callable[[np.random.Generator], "np.ndarray | Tensor"]  # -> (N,) bool
+Substitute = Callable[[int, int], Place]  # (row of the batch, attempt) -> the sample that takes its place
 
 EVALUATION = -1  # the epoch in the names of evaluation's draws: no epoch of training
 PREFETCH = 4  # micro-batches per worker
+ATTEMPTS = 8  # substitutes tried for a bad sample
 VIEWS = ("images", "tokenizer_images")
 FINGERPRINT_MODULUS = 2**63
 
 
 @dataclass
-class Config:
-    """Section `data` of a recipe."""
+class Source:
+    """One of several datasets."""
 
-    path: str  # dataset folder, or a folder of images (made into shards in the cache)
+    path: str  # as `data.path`
+    weight: float  # relative to the others
+
+
+@dataclass
+class Config:
+    """Section `data` of a recipe. Exactly one of `path` and `sources` is given."""
+
+    path: str | None = None  # dataset folder, or a folder of images (made into shards in the cache)
+    sources: list[Source] | None = None  # several of them, drawn by weight
     val_path: str | None = None  # the same, held out
     labels_from_folders: bool = False  # the first folder below `path` is the class
     val_ratio: float = 0.0  # share of the images held out when `path` is a folder of images
@@ -49,29 +64,37 @@ class Config:
     lanes: int | None = None  # L of mim/data/order.py; default 1 below 10^7 samples, else 64
     window: int | None = None  # W, samples; default all below 10^7 samples, else 2048
     repeats: int = 1  # draws of a sample in a row, decoded once (repeated augmentation, arXiv 1901.09335)
+    bad_budget: float = 1e-4  # share of the samples that may be undecodable (at least 10) before the run stops
+
+    def __post_init__(self) -> None:
+        if self.path is None and not self.sources:
+            raise ConfigError("data.path is missing; set it in the recipe or as data.path=...")
+        if self.path is not None and self.sources:
+            raise ConfigError("data.path and data.sources are both given; give one, and set the other to null")
 
 
 @dataclass(frozen=True)
 class Renderer:
     """Turns located rows into a batch."""
 
-    dataset: Dataset
+    dataset: AnyDataset
     view: View
     sizes: Sizes  # of `images`, and of `tokenizer_images` if there are two
     mask: Mask | None
     channels: int
     seed: int
+    known: Mapping[int, Bad] = field(default_factory=dict)  # bad samples by their index: not decoded again
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.sizes) <= len(VIEWS):
             raise ValueError(f"{len(self.sizes)} sizes; give one, or two with the tokenizer's")
 
-    def render(self, slots: Slots, num_real: int, size: int) -> Batch:
+    def render(self, slots: Slots, num_real: int, size: int, substitute: Substitute | None = None) -> Batch:
         """Render the rows of `slots` into a batch of `size` rows, of which the first `num_real` count.
 
-        Rows beyond those of `slots` copy the first row with weight 0.
+        Rows beyond those of `slots` copy the first row with weight 0. Without `substitute`, a bad sample is DataError.
         """
-        batch: Batch = {"keys": []}
+        batch: Batch = {"keys": [], "samples": [], "bad": []}
         for name, (h, w) in zip(VIEWS, self.sizes):  # noqa: B905  the second size is optional
             # Rows are (H, W, C) in memory, as the decoder leaves them: transposing would cost more than copying.
             rows = torch.empty((size, h, w, self.channels), dtype=torch.uint8)
@@ -80,7 +103,7 @@ class Renderer:
         batch["noise"] = torch.empty(size, dtype=torch.int64)
         if self.dataset.classes is not None:
             batch["labels"] = torch.full((size,), -1, dtype=torch.int64)
-        self._fill(batch, slots)
+        self._fill(batch, slots, substitute)
         filled = len(slots.sample)
         for value in batch.values():
             if isinstance(value, Tensor) and value is not batch["weight"]:
@@ -88,25 +111,28 @@ class Renderer:
         batch["keys"] += batch["keys"][:1] * (size - filled)
         return batch
 
-    def _fill(self, batch: Batch, slots: Slots) -> None:
-        """Write each row of `slots` into the batch; masks are added to it."""
+    def _fill(self, batch: Batch, slots: Slots, substitute: Substitute | None) -> None:
+        """Write each row of `slots` into the batch; masks are added to it.
+
+        Draws are named by the slot's own sample, whether it or a substitute is shown.
+        """
         masks: list[Tensor] = []
-        sample, image, loaded = None, None, None  # `repeats` draws of a sample follow each other: decode once
+        shown, loaded = None, None  # `repeats` draws of a sample follow each other: decode once
         for row, (epoch, shard, index, number, draw) in enumerate(zip(*(a.tolist() for a in slots), strict=True)):
-            if loaded != number:
-                sample = self.dataset.read(shard, index)
-                image, loaded = self._decode(sample), number
-            assert sample is not None
-            assert image is not None
+            if loaded != (epoch, number):
+                attempts = functools.partial(substitute, row) if substitute is not None else None
+                shown, loaded = self._load(Place(shard, index, number), attempts, batch["bad"]), (epoch, number)
+            assert shown is not None
             name = (self.seed, epoch, number, draw)
-            for field_, view in zip(VIEWS, self.view(image, rng("view", *name), self.sizes)):  # noqa: B905
+            for field_, view in zip(VIEWS, self.view(shown.image, rng("view", *name), self.sizes)):  # noqa: B905
                 batch[field_][row] = view
             if self.mask is not None:
                 masks.append(torch.as_tensor(self.mask(rng("mask", *name)), dtype=torch.bool))
             batch["noise"][row] = key64("noise", *name)
-            if sample.label is not None:
-                batch["labels"][row] = sample.label
-            batch["keys"].append(sample.key)
+            if shown.label is not None:
+                batch["labels"][row] = shown.label
+            batch["keys"].append(shown.key)
+            batch["samples"].append(shown.number)
         if masks:
             counts = {int(mask.sum()) for mask in masks}
             if len(counts) > 1:
@@ -115,27 +141,67 @@ class Renderer:
             batch["mask"] = torch.empty((len(batch["weight"]), len(masks[0])), dtype=torch.bool)  # (B, N)
             batch["mask"][: len(masks)] = torch.stack(masks)
 
-    def _decode(self, sample: Sample) -> Tensor:
-        try:
-            return decode(sample.image, self.channels)
-        except BadImage as error:
-            raise DataError(f"{sample.key}: {error}; make the shards again, which leaves it out") from error
+    def _load(self, place: Place, substitute: Callable[[int], Place] | None, met: list[dict[str, Any]]) -> Shown:
+        """Read and decode the sample of a slot or, when it is bad, the first of its substitutes that is not.
+
+        The bad ones are added to `met`: sample, key, reason, substitute. Raises DataError when none can be decoded.
+        """
+        refused: dict[int, Bad] = {}
+        for attempt in range(ATTEMPTS + 1):
+            if attempt:
+                if substitute is None:
+                    break
+                place = substitute(attempt)
+            if place.sample in refused:
+                continue
+            if place.sample in self.known:
+                refused[place.sample] = self.known[place.sample]
+                continue
+            sample = self.dataset.read(place.shard, place.row)
+            try:
+                image = decode(sample.image, self.channels)
+            except BadImage as error:
+                refused[place.sample] = Bad(sample.key, str(error))
+                continue
+            met += [{"sample": number, **bad._asdict(), "substitute": sample.key} for number, bad in refused.items()]
+            return Shown(image, sample.label, sample.key, place.sample)
+        first = next(iter(refused.values()))
+        others = f", and neither can {ATTEMPTS} substitutes of its window" if substitute is not None else ""
+        raise DataError(
+            f"{first.key} cannot be decoded ({first.reason}){others}; run `mim shards verify --decode "
+            f"{self.dataset.path}`, which names all such images, or make the shards again without them"
+        )
+
+
+class Shown(NamedTuple):
+    """What a row shows."""
+
+    image: Tensor  # uint8 (C, H, W)
+    label: int | None
+    key: str
+    number: int  # index over the whole dataset
 
 
 class Stream(torch_data.Dataset[Batch]):
     """The endless training stream, indexed by micro-batches."""
 
-    def __init__(self, order: Order, renderer: Renderer):
+    def __init__(self, order: AnyOrder, renderer: Renderer):
         self.order = order
         self.renderer = renderer
 
     def __getitem__(self, micro: MicroBatch) -> Batch:
         num_real = len(micro.positions)
-        slots = self.order.locate(micro.positions if num_real else [micro.filler])
-        batch = self.renderer.render(slots, num_real, micro.size)
-        rows = zip(micro.positions, slots.sample, slots.epoch, slots.draw, strict=False)  # a filler has no position
+        positions = micro.positions.tolist() if num_real else [micro.filler]
+        slots = self.order.locate(positions)
+        batch = self.renderer.render(
+            slots, num_real, micro.size, lambda row, attempt: self.order.substitute(positions[row], attempt)
+        )
+        if not num_real:
+            batch["bad"] = []  # whose slot it is names it
+        shown = batch.pop("samples")
+        rows = zip(micro.positions, shown, slots.epoch, slots.draw, strict=False)  # a filler has no position
         batch["position"] = micro.position
-        batch["epoch"] = int(slots.epoch[0])
+        batch["epoch"] = self.order.epoch(positions[0])
         batch["fingerprint"] = sum(key64("row", *row) for row in rows) % FINGERPRINT_MODULUS
         return batch
 
@@ -151,15 +217,16 @@ class Evaluation(torch_data.Dataset[Batch]):
         shard = np.searchsorted(self._ends, samples, side="right")
         row = samples - (self._ends[shard] - self.renderer.dataset.counts[shard])
         epoch = np.full_like(samples, EVALUATION)
-        return self.renderer.render(
-            Slots(epoch, shard, row, samples, np.zeros_like(samples)), len(samples), len(samples)
-        )
+        slots = Slots(epoch, shard, row, samples, np.zeros_like(samples))
+        batch = self.renderer.render(slots, len(samples), len(samples))
+        del batch["samples"], batch["bad"]
+        return batch
 
 
 def loader(
-    dataset: Dataset,
+    dataset: AnyDataset,
     *,
-    order: Order,
+    order: AnyOrder,
     view: View,
     sizes: Sizes,
     mask: Mask | None = None,
@@ -170,18 +237,19 @@ def loader(
     micro_batches: int = 1,
     position: int = 0,  # global positions consumed before the first step
     num_steps: int,
+    known: Mapping[int, Bad] | None = None,  # bad samples by their index over the dataset
     workers: int = 0,
     pin_memory: bool = False,
     timeout: float = 300,  # seconds to wait for a worker before giving up; 0 waits for ever
 ) -> torch_data.DataLoader[Batch]:
     """Return the micro-batches of one rank: `num_steps * micro_batches` of them, in order."""
     plan = Plan(order.repeats, batch_size, rank, world, micro_batches, position, num_steps)
-    stream = Stream(order, Renderer(dataset, view, sizes, mask, channels, order.seed))
+    stream = Stream(order, Renderer(dataset, view, sizes, mask, channels, order.seed, known or {}))
     return _in_order(stream, plan, workers, pin_memory, timeout)
 
 
 def evaluate(
-    dataset: Dataset,
+    dataset: AnyDataset,
     *,
     view: View,
     sizes: Sizes,
@@ -196,11 +264,16 @@ def evaluate(
 ) -> torch_data.DataLoader[Batch]:
     """Return every sample once, in the order of the lock; with `limit` a random subset of it, the same each time.
 
-    The last batch may be shorter. Draws are named by the sample alone, so two evaluations see the same pixels.
+    The last batch may be shorter. Draws are named by the sample alone, so two evaluations see the same pixels. Samples
+    in the quarantine are left out, and said so; one that is found bad here is DataError.
     """
     samples = np.arange(len(dataset))
     if limit is not None and limit < len(dataset):
         samples = np.sort(permutation(len(dataset), "evaluate", seed)[:limit])
+    bad = np.isin(samples, list(bad_samples(dataset)))
+    if bad.any():
+        say(f"{dataset.path}: {bad.sum()} of {len(samples)} samples stand in the quarantine and are left out")
+        samples = samples[~bad]
     chunks = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
     evaluation = Evaluation(Renderer(dataset, view, sizes, mask, channels, seed))
     return _in_order(evaluation, chunks, workers, pin_memory, timeout)
