@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.reliability.bench import Bench, fired
+from benchmarks.reliability.bench import Bench, Case, fired
 from benchmarks.reliability.fixtures import expected, members_of, pixels_of, write_tar
 from benchmarks.reliability.trials import Result
 from benchmarks.reliability.verdicts import (
@@ -27,18 +27,8 @@ from benchmarks.reliability.verdicts import (
 )
 
 MEMORY = 256 << 20  # bytes that refusing may take
-OWN = (
-    "mim.",
-    "numpy.",
-    "torch.",
-    "builtins",
-    "collections",
-    "pathlib",
-    "concurrent.",
-    "webdataset",
-    "_codecs",
-    "copyreg",
-)
+OWN = {"mim", "numpy", "torch", "builtins", "collections", "pathlib", "concurrent", "multiprocessing", "functools"}
+# of what our processes send each other; a stranger's pickle that names nothing else is shown by its canary
 
 
 class Harm:
@@ -58,7 +48,7 @@ def unharmed(results: list[Result], canary: Path) -> Verdict | None:
     if started := [line for result in results for line in result.started()]:
         return Verdict(SILENT, f"a program was started: {started[0]}")
     foreign = [event for result in results for event in result.events if event[0] == "pickle.find_class"]
-    foreign = [event for event in foreign if not f"{event[1]}.".startswith(OWN)]
+    foreign = [event for event in foreign if event[1].partition(".")[0] not in OWN]
     return Verdict(SILENT, f"unpickled {foreign[0][1]}.{foreign[0][2]}") if foreign else None
 
 
@@ -77,7 +67,7 @@ def harmful_members(bench: Bench, reader: str) -> Verdict:
         members = []
         for number in range(7000, 7006):
             members += [*members_of(number), (f"{number:05d}.{ending}", harm)]
-        results = bench.read_tars(reader, [write_tar(folder.with_suffix(".tar"), members)])
+        results = bench.read_tars(reader, [write_tar(folder.with_suffix(".tar"), members)], batch_size=6)
         wanted = {expected(number) for number in range(7000, 7006)}
         verdict = unharmed(results, canary) or delivered(results[-1:], wanted)
         verdicts.append(Verdict(verdict.kind, f".{ending}: {verdict.detail}"))
@@ -206,19 +196,19 @@ def traversal(bench: Bench, reader: str) -> Verdict:
     for kind, members in odd.items():
         folder = bench.scratch()
         tar = write_tar(folder.with_suffix(".tar"), [*members_of(7300), *members, ("07301.cls", b"0")])
-        before = {path for path in bench.folder.glob("*") if "scratch" in path.name}
         results = bench.read_tars(reader, [tar], batch_size=1)
         made = [path for path in outside.parent.iterdir() if path != outside]
         made += [path for path in folder.parent.iterdir() if path.suffix != ".tar"]
-        fired(before, "no folder was there to look into")
         rows = [row for result in results for row in result.rows]
+        left_out = results[-1].output.partition("left out")[2]
         if made or expected(7309) in rows:
             verdict = Verdict(SILENT, f"made {made[0].name}" if made else "what lies outside was delivered")
-        elif results[-1].exit == 0:
-            lost = {expected(7300), expected(7301)} - set(rows) if kind in names else {expected(7300)} - set(rows)
-            verdict = Verdict(SILENT, "samples lost without a word") if lost else Verdict(PASS, "delivered inside")
-        else:
+        elif results[-1].exit != 0:
             verdict = refused(results, tar.name)
+        elif expected(7300) in rows and (expected(7301) in rows or "07301" in left_out):
+            verdict = Verdict(PASS, "delivered inside" if expected(7301) in rows else "left out by name")
+        else:
+            verdict = Verdict(SILENT, "samples lost without a word")
         verdicts.append(Verdict(verdict.kind, f"{kind}: {verdict.detail}"))
     return joined(verdicts)
 
@@ -227,3 +217,11 @@ def _special(name: str, kind: bytes, target: Path) -> tarfile.TarInfo:
     info = tarfile.TarInfo(name)
     info.type, info.linkname = kind, str(target)
     return info
+
+
+CASES = (
+    Case("F1", "pickles among the members", harmful_members),
+    Case("F2", "EPS, WMF, PCX and others named .png", other_formats),
+    Case("F3", "bombs: images, sparse, gzip, pax, sizes", bombs),
+    Case("F4", "traversal, links, devices, odd names", traversal),
+)

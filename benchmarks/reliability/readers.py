@@ -25,6 +25,7 @@ import webdataset
 from accelerate.utils import set_seed
 from PIL import Image
 
+import mim.train  # noqa: F401  so that a command of a child need not load it
 from benchmarks.reliability.fixtures import SIDE, Row, pixels_of, row_of
 from mim.__main__ import main, one_sentence
 from mim.config import ConfigError
