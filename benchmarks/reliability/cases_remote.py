@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import logging
 import random
 import threading
 import time
@@ -142,7 +143,7 @@ def cuts(bench: Bench, reader: str, faults: Any) -> Verdict:
     answers = {
         f"{name} at {at}": [faults.cut(at, **options)]
         for name, options in kinds.items()
-        for at in generator.choices(starts, k=NUM_CUTS)
+        for at in generator.sample(starts, NUM_CUTS)
     }
     return joined(_with_faults(bench, reader, faults, answers))
 
@@ -227,7 +228,7 @@ def _four_at_once(bench: Bench, reader: str, faults: Any) -> Verdict:
     found, cache = pair(bench), bench.scratch()
     with serving(faults, found) as server:
         server.bandwidth = 200_000  # bytes/s: long enough for all four to come
-        results = read_urls(bench, reader, found, urls_of(server, found), cache=cache, cached=True, processes=4)
+        results = read_urls(bench, reader, found, urls_of(server, found), cache=cache, cached=True, processes=4, as_ranks=[0])
         sent = sum(server.sent.values()) / sum(tar.stat().st_size for tar in found.tars)
     if fault := ended(results):
         return fault
@@ -246,6 +247,7 @@ def buckets(bench: Bench, reader: str) -> Verdict:
     if reader == OURS and not Path(__file__).parents[2].joinpath("mim/data/remote.py").exists():
         return Verdict(SKIPPED, "remote shards are not part of the checkout")
     found, verdicts = pair(bench), []
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it would print every request
     moto = servers.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     moto.start()
     try:
