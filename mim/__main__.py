@@ -74,6 +74,61 @@ def train(recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:
     sys.exit(run(recipe, list(overrides), dry_run=dry_run))
 
 
+@cli.group()
+def bench() -> None:
+    """Measure the parts of a recipe on this machine.
+
+    \b
+    Example:
+      mim bench data mae_vittiny_cifar10 data.path=shards/cifar10
+    """
+
+
+@bench.command("data")
+@click.argument("recipe")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--seconds", default=3.0, show_default=True, help="Of each of the three measurements.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def bench_data(recipe: str, overrides: tuple[str, ...], seconds: float, as_json: bool) -> None:
+    """Measure images/s of RECIPE's loader by stage on its data, name what bounds it and what to change.
+
+    \b
+    Examples:
+      mim bench data mae_vittiny_cifar10 data.path=shards/cifar10
+      mim bench data mae_vittiny_cifar10 data.path=shards/cifar10 train.workers=4 --json
+    """
+    import contextlib
+
+    import torch
+
+    from mim import build, config
+    from mim.data import diagnosis, mixture
+    from mim.train import Config, num_workers
+
+    cfg = config.typed(Config, config.read(recipe, overrides))
+    sections = config.plain(cfg)
+    dataset, _ = build.open_data(sections)
+    trained = bool((sections.get("tokenizer") or {}).get("path"))
+    with contextlib.nullcontext() if trained else torch.device("meta"):  # sizes and mask are wanted, not the networks
+        views = build.build(sections, dataset=dataset, load_tokenizer=trained).views
+    data = views.data
+    on_gpu = torch.accelerator.is_available() and not cfg.train.cpu
+    device = torch.accelerator.current_accelerator() if on_gpu else None
+    found = diagnosis.measure(
+        dataset,
+        order=mixture.order_of(dataset, seed=data.seed, lanes=data.lanes, window=data.window, repeats=data.repeats),
+        view=views.train,
+        sizes=views.sizes,
+        mask=views.mask,
+        channels=data.channels,
+        batch_size=min(cfg.optim.batch_size, 256),
+        workers=num_workers(cfg.train.workers),
+        device=device or torch.device("cpu"),
+        seconds=seconds,
+    )
+    click.echo(json.dumps(found.json(), indent=1) if as_json else found.text())
+
+
 @cli.command("eval")
 @click.argument("name")
 @click.argument("run", type=click.Path(path_type=Path))

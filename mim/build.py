@@ -99,8 +99,24 @@ def _build(sections: Sections, dataset: AnyDataset | None, load_tokenizer: bool)
         mask(np.random.default_rng(0))  # impossible counts are refused here, not in a worker
     view = config.bind("mim.data.augment", data.view, "data.view")
     eval_view = config.bind("mim.data.augment", data.eval_view, "data.eval_view")
+    _check_views(data, dataset)
     sizes = sizes[:1] if sizes[-1] == sizes[0] else sizes
     return Built(objective, encoder, frozen, Views(data, sizes, view, eval_view, mask), resolved)
+
+
+def _check_views(data: stream.Config, dataset: AnyDataset | None) -> None:
+    """Refuse photometric changes of images that cannot have them."""
+    if not 0 <= data.jitter <= 1:
+        raise ConfigError(f"data.jitter={data.jitter} must be from 0 to 1")
+    if data.jitter and data.channels != 3:
+        raise ConfigError(f"data.jitter={data.jitter} changes colours, but data.channels={data.channels}; use jitter=0")
+    dtype = dataset.dtype if dataset is not None else "uint8"
+    for key, view in (("view", data.view), ("eval_view", data.eval_view)):
+        if view["name"].startswith("gray_") and (data.channels not in (1, 3) or dtype != "uint8"):
+            raise ConfigError(
+                f"data.{key}.name={view['name']} takes 8-bit images of 1 or 3 channels, not {data.channels} of "
+                f"{dtype}; use {view['name'].removeprefix('gray_')}"
+            )
 
 
 def image_size(data: stream.Config) -> tuple[int, int]:
@@ -114,34 +130,81 @@ def image_size(data: stream.Config) -> tuple[int, int]:
 def statistics(channels: int, dataset: AnyDataset | None) -> tuple[list[float], list[float]]:
     """Pixel mean and std per channel: the dataset's own; without one ImageNet's for three channels, 0.5 otherwise.
 
-    A gray dataset read in colour repeats its values. A colour dataset read in gray gets the means over its channels,
-    which is approximate: the decoder weighs channels unequally, and the std of gray depends on how they correlate.
+    A gray dataset read in colour repeats its values; a colour dataset read in gray has statistics of its own in the
+    lock. Without them (older locks) it gets the means over its channels, which is approximate: the decoder weighs
+    channels unequally, and the std of gray depends on how they correlate.
     """
     if dataset is None:
         return (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ([0.5] * channels, [0.5] * channels)
-    if len(dataset.mean) == channels:
+    found = len(dataset.mean)
+    if found == channels:
         return list(dataset.mean), list(dataset.std)
+    if {found, channels} != {1, 3}:
+        raise ConfigError(
+            f"data.channels={channels}, but the images of {dataset.path} have {found}; set data.channels={found}"
+        )
+    if channels == 1 and dataset.gray is not None:
+        return [dataset.gray["mean"]], [dataset.gray["std"]]
     return [float(np.mean(dataset.mean))] * channels, [float(np.mean(dataset.std))] * channels
 
 
 def open_data(sections: Sections) -> tuple[AnyDataset, shards.Dataset | None]:
-    """Open the training and the held-out dataset; an image folder is made into shards once, in the cache.
+    """Open the training and the held-out dataset, both with one range of raw values."""
+    data = config.typed(stream.Config, sections["data"], "data")
+    train, held_out = _open(sections)
+    train.map_range(raw_range(data, train))
+    if held_out is not None:
+        convertible = held_out.channels == train.channels or {held_out.channels, train.channels} == {1, 3}
+        if not convertible or held_out.dtype != train.dtype:
+            raise ConfigError(
+                f"{held_out.path} has {held_out.channels} channels of {held_out.dtype}, but {train.path} has "
+                f"{train.channels} of {train.dtype}; hold out images of the same kind"
+            )
+        same = held_out.channels == train.channels
+        held_out.map_range(train.range if same else raw_range(data, held_out))
+    return train, held_out
+
+
+def raw_range(data: stream.Config, dataset: AnyDataset) -> list[list[float]]:
+    """Raw values [low, high] per channel of the dataset that become 0 and 1: the recipe's, else the dataset's."""
+    if data.range is None:
+        return dataset.range
+    pairs = data.range if data.range and isinstance(data.range[0], list) else [data.range] * dataset.channels
+    right = len(pairs) == dataset.channels and all(
+        isinstance(pair, list)
+        and len(pair) == 2
+        and all(isinstance(v, int | float) for v in pair)
+        and pair[0] < pair[1]
+        for pair in pairs
+    )
+    if not right:
+        raise ConfigError(
+            f"data.range={data.range} must be [low, high] with low < high, or one such pair for each of the "
+            f"{dataset.channels} channels of {dataset.path}"
+        )
+    return pairs
+
+
+def _open(sections: Sections) -> tuple[AnyDataset, shards.Dataset | None]:
+    """Open the datasets; an image folder is made into shards once, in the cache.
 
     Of several sources, only `data.val_path` holds out.
     """
     data = config.typed(stream.Config, sections["data"], "data")
     cache = Path(sections.get("train", {}).get("cache_dir") or "~/.cache/mimstream").expanduser()
+    limit = sections.get("train", {}).get("cache_limit")
+    settings: Any = {"cache_dir": cache / "shards", "cache_limit": None if limit is None else int(limit * 2**30)}
     inside: AnyDataset
     if data.sources:
         folders = [_dataset_folder(source.path, data, cache, val_ratio=0.0) for source in data.sources]
-        datasets = [shards.Dataset.open(_part(folder, "train") or folder) for folder in folders]
+        datasets = [shards.Dataset.open(_part(folder, "train") or folder, **settings) for folder in folders]
         inside, held_out = Mixture(datasets, [source.weight for source in data.sources]), None
     else:
         root = _dataset_folder(str(data.path), data, cache, val_ratio=data.val_ratio)
-        inside, held_out = shards.Dataset.open(_part(root, "train") or root), _part(root, "val")
+        inside, held_out = shards.Dataset.open(_part(root, "train") or root, **settings), _part(root, "val")
     if data.val_path is not None:
         held_out = _dataset_folder(data.val_path, data, cache, val_ratio=0.0)
-    return inside, shards.Dataset.open(held_out) if held_out is not None else None
+    return inside, shards.Dataset.open(held_out, **settings) if held_out is not None else None
 
 
 def _dataset_folder(path: str, data: stream.Config, cache: Path, *, val_ratio: float) -> Path:

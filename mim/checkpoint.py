@@ -1,9 +1,10 @@
 """The run directory: save, rotate, resume, verify.
 
-    RUN/config.yaml  log.jsonl  status.json  pictures/  checkpoints/step-00001200/
+    RUN/config.yaml  log.jsonl  journal.jsonl  status.json  pictures/  checkpoints/step-00001200/
         tensors/*.safetensors   model, optimizer and average, written by torch.distributed.checkpoint (no pickle)
         tokenizer.safetensors, tokenizer.json   of a tokenizer run
-        state.json              step, position in the stream, identity of the order, sums of the open log interval
+        state.json              step, position in the stream, identity of the order, sums of the open log interval,
+                                samples that could not be decoded
         manifest.json           size and sha256 of every file, written last
 
 A checkpoint is written aside, hashed into its manifest, and renamed: that rename is the one commit point, so whatever

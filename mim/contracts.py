@@ -1,6 +1,7 @@
 """The borders between the parts: protocols and prose, no behaviour. docs/extending.md tells how to add one of each.
 
-Images are (B, C, H, W), uint8 in the loader and float in [0, 1] once on the device; H may differ from W. Each network
+Images are (B, C, H, W), uint8 (uint16 or float32 where the files are) in the loader and float in [0, 1] once on the
+device; H may differ from W. Each network
 normalises its own input on its first line. The shape legend is in `mim/__init__.py`.
 
 A `Batch` is a dict:
@@ -8,14 +9,17 @@ A `Batch` is a dict:
     tokenizer_images   (B, C, H', W') the same crop and flip at the tokenizer's size
     mask               (B, N) bool, True = masked, row-major over the grid; the same count in every row
     num_masked         int, that count, known without asking the device
+    range              [[low, high]] per channel: raw values that become 0 and 1; used up on the device
+    jitter             float, strength of the colour jitter that the device does; absent when there is none
     weight             (B,) float, 0 on rows that only pad a micro-batch
     noise              (B,) int64, a seed per sample for draws on the device
     codes              (B, N) int64, written by the frozen tokenizer
     labels             (B,) int64, -1 = unknown; absent when the dataset has none
-    keys               list[str], "shard.tar/sample", for messages and pictures
+    keys               list[str], "shard.tar/sample", for messages and pictures; of a mixture after the source's path
     position           int, global positions consumed after this step
     epoch              int, epoch of the first row
     bad                list[dict], samples that could not be decoded: sample, key, reason, and the substitute's key
+    seconds            dict, what the worker spent in each stage: read, decode, augment, collate
     fingerprint        int, commutative hash of the consumed positions, to compare two streams
 """
 

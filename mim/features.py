@@ -60,7 +60,7 @@ def extract(dataset: AnyDataset, views: build.Views, embed: Embed, *, batch_size
         batch_size=batch_size,
         limit=limit,
     ):
-        features.append(embed(batch["images"].float() / 255))
+        features.append(embed(stream.to_device(batch, torch.device("cpu"))["images"]))
         labels.append(batch["labels"])
     x, y = torch.cat(features), torch.cat(labels)
     return Split(x[y >= 0], y[y >= 0])

@@ -22,50 +22,95 @@ def shards() -> None:
 
 
 @shards.command("make")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("source")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--labels-from-folders", is_flag=True, help="The first folder below FOLDER is the class.")
+@click.option("--labels-from-folders", is_flag=True, help="The first folder below SOURCE is the class.")
+@click.option("--labels", help="cls: the labels of tars. A column's name: those of a saved dataset.")
 @click.option("--val-ratio", default=0.0, show_default=True, help="Share held out in OUT/val; the rest is OUT/train.")
 @click.option("--shard-size", default=1000, show_default=True, help="Images per shard.")
+@click.option("--resize", metavar="short=N", help="Shrink images whose short side exceeds N pixels, as JPEG.")
+@click.option("--quality", type=int, help="Of the JPEGs that --resize writes; default: 90.")
 @click.option("--seed", default=0, show_default=True, help="Of the shuffle and the split.")
 @click.option("--workers", type=int, help="Processes; default: the allowed CPUs.")
 @click.option("--max-left-out", type=int, help="Unreadable images accepted; default: 1 % but at least 10.")
+@click.option("--part", help="i/n: only every n-th shard, from the i-th; then `mim shards join OUT`.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def shards_make(folder: Path, out: Path, as_json: bool, **options: Any) -> None:
-    """Write the images below FOLDER (any nesting, labelled or not) as WebDataset shards to OUT.
+def shards_make(source: str, out: Path, resize: str | None, part: str | None, as_json: bool, **options: Any) -> None:
+    """Write the images of SOURCE as WebDataset shards to OUT.
 
-    Every image is decoded once; one that cannot be read is named, counted and left out.
+    SOURCE is a folder of images (any nesting, labelled or not), a list or CSV (path[,label]), a tar or a folder of
+    tars, or a Hugging Face dataset saved to disk. Every image is decoded once; one that cannot be read is named,
+    counted and left out. After a kill the same command goes on.
 
     \b
     Examples:
       mim shards make photos/ shards/photos --val-ratio 0.05
       mim shards make data/cifar10/train shards/cifar10 --labels-from-folders
+      mim shards make photos.csv shards/photos --resize short=256 --quality 90
+      mim shards make tars/ shards/photos --labels cls --part 3/8
     """
-    from mim import config
     from mim.data.make import make
+    from mim.data.parts import parse_part
 
-    report = make(folder, out, **options)
-    click.echo(json.dumps(config.plain(report), indent=1) if as_json else report.text())
+    tell(make(source, out, short=parse_resize(resize), part=parse_part(part), **options), as_json)
+
+
+@shards.command("join")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def shards_join(out: Path, as_json: bool) -> None:
+    """Join what all parts of `make`, `index` or `verify` left in OUT; may be repeated.
+
+    \b
+    Example:
+      mim shards join shards/photos
+    """
+    from mim.data.join import join
+
+    tell(join(out), as_json)
 
 
 @shards.command("inspect")
 @click.argument("dataset", type=click.Path(path_type=Path))
+@click.option("--sheet", type=click.Path(path_type=Path), help="Also write a contact sheet: FILE.png or FILE.html.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def shards_inspect(dataset: Path, as_json: bool) -> None:
-    """Show counts, classes, sizes and pixel statistics of a dataset folder.
+def shards_inspect(dataset: Path, sheet: Path | None, as_json: bool) -> None:
+    """Show counts, classes, sizes and pixel statistics of a dataset folder, and pictures if asked.
 
     \b
-    Example:
+    Examples:
       mim shards inspect shards/cifar10/train
+      mim shards inspect shards/cifar10/train --sheet cifar10.html
     """
     from mim.data.shards import inspect
+    from mim.data.sheet import write_sheet
 
     found = inspect(dataset)
+    if sheet is not None:
+        found["sheet"] = str(write_sheet(dataset, sheet))
     if as_json:
         click.echo(json.dumps(found, indent=1))
         return
     for name, value in found.items():
         click.echo(f"{name:20} {json.dumps(value) if isinstance(value, (dict, list)) else value}")
+
+
+@shards.command("reshard")
+@click.argument("dataset", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--shards", "num_shards", type=int, required=True, help="How many shards to write.")
+@click.option("--workers", type=int, help="Processes; default: the allowed CPUs.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def shards_reshard(dataset: Path, out: Path, num_shards: int, workers: int | None, as_json: bool) -> None:
+    """Copy the samples of DATASET, in their order and byte for byte, into another number of shards.
+
+    \b
+    Example:
+      mim shards reshard shards/photos/train shards/photos-64 --shards 64
+    """
+    from mim.data.reshard import reshard
+
+    tell(reshard(dataset, out, num_shards=num_shards, workers=workers), as_json)
 
 
 @shards.command("index")
@@ -114,6 +159,18 @@ def shards_verify(dataset: Path, decode: bool, workers: int | None, part: str | 
     tell(report, as_json)
     if not report.clean:
         sys.exit(65)
+
+
+def parse_resize(text: str | None) -> int | None:
+    """Read `short=N`."""
+    from mim.config import ConfigError
+
+    if text is None:
+        return None
+    name, _, number = text.partition("=")
+    if name != "short" or not number.isdigit():
+        raise ConfigError(f"--resize {text} is unknown; write --resize short=N with N pixels, e.g. short=256")
+    return int(number)
 
 
 def tell(report: Any, as_json: bool) -> None:

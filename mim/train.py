@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ import tokenizer as tokenizers
 from mim import __version__, build, checkpoint, config, optim
 from mim.config import ConfigError
 from mim.contracts import LoadedRun
-from mim.data import mixture, order, quarantine, shuffle, stream
+from mim.data import mixture, order, quarantine, shuffle, stages, stream
 from mim.log import Averages, Progress, RunLog, say, write_json
 from mim.schedules import to_steps
 
@@ -45,7 +44,8 @@ class Machine:
     log_every: str = "50 steps"
     save_every: str = "1 epochs"
     keep: int = 2  # newest checkpoints that stay, at least 2
-    cache_dir: str | None = None  # of shards made from image folders; null: ~/.cache/mimstream
+    cache_dir: str | None = None  # of shards made from image folders, and of remote ones; null: ~/.cache/mimstream
+    cache_limit: float | None = None  # GiB of remote shards kept there; null: until 5 % or 20 GiB of the disk are left
     trackers: list[str] = field(default_factory=list)  # accelerate's, e.g. [tensorboard]; log.jsonl is always written
 
 
@@ -88,6 +88,7 @@ class Job:
 
 EXPERIMENT = ("data", "mask", "encoder", "tokenizer", "objective", "optim")
 DONE, STOPPED = 0, 75  # exit codes
+ONE_SIGNAL = 2.0  # seconds within which signals to stop are the same one, sent to the process and to its group
 Stop = Callable[[int], bool]
 
 
@@ -129,7 +130,8 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
     for line in describe(cfg, run, built, rates, dataset, accelerator):
         say(line, main=main_rank)
     if main_rank:
-        for line in shuffle.report(sequence, dataset, batch_size=cfg.optim.batch_size).lines():
+        world = accelerator.num_processes
+        for line in shuffle.report(sequence, dataset, batch_size=cfg.optim.batch_size, world=world).lines():
             say(line)
     if dry_run:
         return DONE
@@ -172,6 +174,7 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
     fingerprint = state.get("fingerprint", 0) if main_rank else 0  # the ranks' shares are added when it is read
     log, bad_log = (RunLog(job.run / f"{n}.jsonl", start) if main_rank else None for n in ("log", "journal"))
     progress_line = Progress(start, total, batch_size=batch_size, main=main_rank)
+    waiting = stages.Waiting(num_workers(cfg.train.workers))
     status(job, "running", start)
     batches = iter(loader(job, start))
     model.train()
@@ -183,9 +186,11 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
 
         # ---- gradient of one global batch ----------------------------------------------------------------------------
         for micro in range(cfg.train.micro_batches):
-            waiting = time.perf_counter()
+            began = time.perf_counter()
             batch = next(batches)
-            progress_line.waited(time.perf_counter() - waiting)
+            waited = time.perf_counter() - began
+            progress_line.waited(waited)
+            waiting.batch(waited, batch["seconds"], len(batch["keys"]))
             seed_draws(cfg.optim.seed, step, accelerator.process_index, micro)
             batch = stream.to_device(batch, device)
             build.write_targets(job.built.frozen, batch)
@@ -211,6 +216,8 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
             weights = [p.detach() for n, p in objective.named_parameters() if n in job.ema]
             torch._foreach_lerp_(list(job.ema.values()), weights, 1 - cfg.optim.ema)
         progress_line.advance()
+        for line in waiting.step(time.perf_counter()):
+            say(line, main=main_rank)
 
         # ---- log, look, save -----------------------------------------------------------------------------------------
         ending = step == total
@@ -260,6 +267,7 @@ def loader(job: Job, start: int) -> Any:
         sizes=built.views.sizes,
         mask=built.views.mask,
         channels=built.views.data.channels,
+        jitter=built.views.data.jitter,
         batch_size=cfg.optim.batch_size,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
@@ -276,8 +284,7 @@ def num_workers(asked: int | None) -> int:
     """Loader processes of this rank: as asked, else the allowed CPUs shared among the ranks of this node."""
     if asked is not None:
         return asked
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(len(os.sched_getaffinity(0)) // local_ranks, 16))
+    return min(stages.allowed_cpus(), 16)
 
 
 def seed_draws(seed: int, step: int, rank: int, micro: int) -> None:
@@ -340,14 +347,20 @@ def agree(stopping: bool, ranks: int) -> bool:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Turn SIGTERM and SIGINT into a request to save and stop; a second one acts at once."""
-    received: list[int] = []
+    """Turn SIGTERM and SIGINT into a request to save and stop; a later second one acts at once.
+
+    `timeout` sends its signal to the process and then to the group, so the same one comes twice.
+    """
+    received: list[float] = []  # when, in seconds
     previous = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
 
     def on_signal(number: int, _frame: Any) -> None:
-        received.append(number)
-        say(f"{signal.Signals(number).name}: saving at the next step, then stopping; send it again to stop at once")
-        signal.signal(number, previous[signal.Signals(number)])
+        if not received:
+            say(f"{signal.Signals(number).name}: saving at the next step, then stopping; send it again to stop at once")
+        received.append(time.monotonic())
+        if received[-1] - received[0] > ONE_SIGNAL:
+            signal.signal(number, previous[signal.Signals(number)])
+            signal.raise_signal(number)
 
     for number in previous:
         signal.signal(number, on_signal)

@@ -10,16 +10,23 @@ import numpy as np
 
 from mim.data.shards import LOCK, Dataset, build_index, dataset_id
 
+DAMAGES = {
+    "cut": lambda data: data[: len(data) // 2],
+    "text": lambda data: b"<html>please log in</html>",
+    "empty": lambda data: b"",
+    "other format": lambda data: b"%!PS-Adobe-3.0 EPSF-3.0\n",
+}
 
-def cut_images(path: Path, samples: list[int]) -> Dataset:
-    """Cut the images of a dataset folder at half their length, by index over the dataset; index and lock follow."""
+
+def spoil_images(path: Path, samples: list[int], kind: str = "cut") -> Dataset:
+    """Replace the images of a dataset folder, by index over the dataset; index and lock follow."""
     lock = json.loads((path / LOCK).read_bytes())
     first = 0
     for shard in lock["shards"]:
         rows = {number - first for number in samples if first <= number < first + shard["count"]}
         first += shard["count"]
         if rows:
-            rewrite(path / shard["file"], rows)
+            rewrite(path / shard["file"], rows, kind)
             content = (path / shard["file"]).read_bytes()
             shard |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
             index = build_index(path / shard["file"], labelled=lock["schema"]["classes"] is not None)
@@ -29,7 +36,7 @@ def cut_images(path: Path, samples: list[int]) -> Dataset:
     return Dataset.open(path)
 
 
-def rewrite(file: Path, rows: set[int]) -> None:
+def rewrite(file: Path, rows: set[int], kind: str) -> None:
     with tarfile.open(file) as old:
         members = [(member, old.extractfile(member).read()) for member in old.getmembers()]
     keys: dict[str, int] = {}
@@ -37,7 +44,7 @@ def rewrite(file: Path, rows: set[int]) -> None:
         for member, data in members:
             row = keys.setdefault(member.name.partition(".")[0], len(keys))
             if row in rows and not member.name.endswith(".cls"):
-                data = data[: len(data) // 2]
+                data = DAMAGES[kind](data)
             member.size = len(data)
             new.addfile(member, io.BytesIO(data))
 

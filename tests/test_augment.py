@@ -1,3 +1,5 @@
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -5,6 +7,7 @@ from PIL import Image
 
 from mim.data import augment
 from mim.data.augment import Box, center, crop, gray_center, gray_crop
+from mim.data.decode import Encoded, decode, open_image
 from mim.data.order import rng
 
 RAMP = torch.stack(torch.meshgrid(torch.arange(200), torch.arange(250), indexing="ij")).to(torch.uint8)
@@ -24,6 +27,63 @@ def test_views_are_uint8_of_the_asked_sizes_and_a_function_of_the_generator(view
     assert [tuple(v.shape) for v in first] == [(channels, 32, 48), (channels, 16, 24)]
     assert all(v.dtype == torch.uint8 for v in first)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("view", [crop, center])
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_sixteen_bits_and_floats_of_any_channels_have_the_views_of_eight_bits(view, channels):
+    image = IMAGE[:1].expand(channels, -1, -1)
+    sizes = [(32, 48), (16, 24)]
+    expected = view(image, name(3), sizes)
+    deep = view((image.to(torch.int32) * 257).to(torch.uint16), name(3), sizes)
+    floats = view(image.float() / 255, name(3), sizes)
+    for plain, sixteen, real in zip(expected, deep, floats, strict=True):
+        assert sixteen.dtype == torch.uint16
+        assert real.dtype == torch.float32
+        assert plain.shape == sixteen.shape == real.shape
+        assert (sixteen.float() / 257 - plain).abs().max() <= 1
+        assert (real * 255 - plain).abs().max() <= 1.01
+
+
+@pytest.mark.parametrize("white", [0, 65535])
+def test_sixteen_bits_never_wrap_around_where_the_filter_overshoots(white):
+    edge = torch.full((1, 40, 40), 65535 - white, dtype=torch.int32)
+    edge[:, :, 20:] = white
+    (view,) = center(edge.to(torch.uint16), name(0), [(100, 100)], crop_ratio=1.0)
+    rows = view[0].int()
+    assert ((rows[:, 0] - (65535 - white)).abs() < 3000).all()
+    assert (rows[:, :40] - (65535 - white)).abs().max() < 6000
+    assert (rows[:, 60:] - white).abs().max() < 6000
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_an_encoded_image_has_the_views_of_its_pixels(view):
+    buffer = io.BytesIO()
+    Image.fromarray(IMAGE.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=90)
+    encoded, whole = open_image(buffer.getvalue()), decode(buffer.getvalue())
+    assert isinstance(encoded, Encoded)
+    for sample in range(10):
+        found, expected = (
+            view(encoded, name(sample), [(32, 48), (16, 24)]),
+            view(whole, name(sample), [(32, 48), (16, 24)]),
+        )
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("view", [gray_crop, gray_center])
+def test_gray_views_refuse_what_has_no_gray_levels(view):
+    for image, fact in [
+        (torch.zeros(5, 9, 9, dtype=torch.uint8), "5 of uint8"),
+        (torch.zeros(1, 9, 9), "1 of float32"),
+    ]:
+        with pytest.raises(ValueError, match=f"8-bit images of 1 or 3 channels, not {fact}; use view crop or center"):
+            view(image, name(0), [(8, 8)])
+
+
+@pytest.mark.parametrize("view", [crop, center])
+def test_views_keep_the_memory_layout_of_the_decoder(view):
+    for found in view(IMAGE, name(0), [(32, 48), (16, 24)]):
+        assert found.permute(1, 2, 0).is_contiguous() or found.flip(2).permute(1, 2, 0).is_contiguous()
 
 
 @pytest.mark.parametrize("view", VIEWS)

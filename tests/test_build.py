@@ -7,8 +7,10 @@ import pytest
 from mim import build
 from mim.config import ConfigError
 
-GRAY = SimpleNamespace(mean=[0.4], std=[0.2])
-COLOUR = SimpleNamespace(mean=[0.5, 0.4, 0.3], std=[0.3, 0.2, 0.1])
+GRAY = SimpleNamespace(path="gray", mean=[0.4], std=[0.2], gray=None, dtype="uint8")
+COLOUR = SimpleNamespace(path="colour", mean=[0.5, 0.4, 0.3], std=[0.3, 0.2, 0.1], gray=None, dtype="uint8")
+MEASURED = SimpleNamespace(**vars(COLOUR) | {"gray": {"mean": 0.42, "std": 0.15}})
+FIVE = SimpleNamespace(path="five", mean=[0.5] * 5, std=[0.2] * 5, gray=None, dtype="uint16")
 
 
 def refusal(sections) -> str:
@@ -26,7 +28,9 @@ def refusal(sections) -> str:
     [
         (3, COLOUR, COLOUR.mean, COLOUR.std),
         (1, GRAY, GRAY.mean, GRAY.std),
-        (1, COLOUR, [0.4], [0.2]),  # the means over the channels
+        (1, COLOUR, [0.4], [0.2]),  # an older lock: the means over the channels
+        (1, MEASURED, [0.42], [0.15]),
+        (5, FIVE, FIVE.mean, FIVE.std),
         (3, GRAY, [0.4] * 3, [0.2] * 3),
         (3, None, build.IMAGENET_MEAN, build.IMAGENET_STD),
         (1, None, [0.5], [0.5]),
@@ -138,3 +142,56 @@ def test_the_channels_of_the_tokenizer_must_be_those_of_the_data(recipe):
     sections = recipe("tokenize")
     sections["tokenizer"]["channels"] = 1
     assert "takes 1 channels, but data.channels=3" in refusal(sections)
+
+
+# ---- channels and range --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("channels", "dataset"), [(3, FIVE), (1, FIVE), (5, COLOUR)])
+def test_other_numbers_of_channels_than_the_dataset_s_are_refused_with_its_own(channels, dataset):
+    found = len(dataset.mean)
+    with pytest.raises(ConfigError, match=f"data.channels={channels}, .* have {found}; set data.channels={found}"):
+        build.statistics(channels, dataset)
+
+
+def test_gray_views_of_five_channels_or_sixteen_bits_are_refused(recipe):
+    sections = recipe()
+    sections["data"] |= {"channels": 5, "view": {"name": "gray_crop"}}
+    sections["objective"]["channels"] = 5
+    expected = "data.view.name=gray_crop takes 8-bit images of 1 or 3 channels, not 5 of uint8; use crop"
+    assert refusal(sections) == expected
+    sections["data"]["channels"] = sections["objective"]["channels"] = 1
+    with pytest.raises(ConfigError, match="not 1 of uint16; use crop"):
+        build.build(sections, dataset=SimpleNamespace(**vars(GRAY) | {"dtype": "uint16"}))
+
+
+@pytest.mark.parametrize(
+    "found", [[], [1], [3, 2], [0, 1, 2], [[0, 1], [0, 1]], [[0, 1]] * 4, ["a", "b"], [[0, 1], 2, 3]]
+)
+def test_a_range_that_is_none_is_refused(recipe, found):
+    sections = recipe()
+    sections["data"]["range"] = found
+    with pytest.raises(ConfigError, match=r"data\.range=.* must be \[low, high\] with low < high, or one such pair"):
+        build.open_data(sections)
+
+
+def test_the_range_of_the_recipe_goes_before_the_dataset_s_and_moves_its_statistics(recipe):
+    sections = recipe()
+    plain, _ = build.open_data(sections)
+    sections["data"]["range"] = [0, 510]
+    train, held_out = build.open_data(sections)
+    assert train.range == held_out.range == [[0, 510]] * 3
+    assert train.mean == pytest.approx([value / 2 for value in plain.mean])
+    assert train.std == pytest.approx([value / 2 for value in plain.std])
+    assert train.gray["std"] == pytest.approx(plain.gray["std"] / 2)
+
+
+@pytest.mark.parametrize(
+    ("channels", "strength", "message"),
+    [(1, 0.4, "changes colours, but data.channels=1; use jitter=0"), (3, 1.5, "must be from 0 to 1")],
+)
+def test_jitter_is_for_colour_and_at_most_one(recipe, channels, strength, message):
+    sections = recipe()
+    sections["data"] |= {"channels": channels, "jitter": strength}
+    sections["objective"]["channels"] = channels
+    assert refusal(sections) == f"data.jitter={strength} {message}"

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -13,6 +14,8 @@ from torch._utils import ExceptionWrapper
 
 from mim import __main__, __version__, config
 from mim.contracts import DataError, StorageError
+from mim.data.shards import Dataset
+from tests import damage
 
 
 @pytest.fixture
@@ -182,6 +185,50 @@ def test_a_report_can_be_read_by_programs(mim, tmp_path):
     assert code == 0
     assert json.loads(out)["num_samples"] == 4
     assert json.loads(out)["left_out"][0]["file"] == "bad0.jpg"
+
+
+def test_a_clean_data_set_is_verified_with_0_and_a_damaged_one_with_65(mim, shards, tmp_path):
+    folder = shutil.copytree(shards / "val", tmp_path / "copy")
+    code, out, _ = mim("shards", "verify", folder, "--decode", "--workers", "1")
+    assert code == 0
+    assert out.splitlines()[-1] == "clean"
+    shard = sorted(folder.glob("*.tar"))[0]
+    shard.write_bytes(shard.read_bytes()[:-3000])
+    code, out, err = mim("shards", "verify", folder, "--workers", "1", "--json")
+    assert (code, err) == (65, "")
+    assert json.loads(out)["findings"][0]["shard"] == shard.name
+
+
+def test_tars_are_indexed_and_parts_joined(mim, shards, tmp_path):
+    for part in ("1/2", "2/2"):
+        arguments = (shards / "train", tmp_path / "out", "--labels", "cls", "--part", part, "--workers", "1")
+        assert mim("shards", "index", *arguments)[0] == 0
+    code, out, _ = mim("shards", "join", tmp_path / "out", "--json")
+    assert code == 0
+    assert (
+        json.loads(out)["num_samples"]
+        == json.loads(mim("shards", "inspect", shards / "train", "--json")[1])["num_samples"]
+    )
+
+
+def test_a_data_set_is_copied_into_another_number_of_shards(mim, shards, tmp_path):
+    code, out, _ = mim(
+        "shards", "reshard", shards / "val", tmp_path / "out", "--shards", "3", "--workers", "1", "--json"
+    )
+    assert code == 0
+    assert json.loads(out)["num_shards"] == 3
+
+
+def test_a_contact_sheet_is_written_where_asked(mim, shards, tmp_path):
+    code, out, _ = mim("shards", "inspect", shards / "val", "--sheet", tmp_path / "sheet.png", "--json")
+    assert code == 0
+    assert json.loads(out)["sheet"] == str(tmp_path / "sheet.png")
+    assert Image.open(tmp_path / "sheet.png").size[0] == 8 * (128 + 4) + 4
+
+
+def test_an_option_of_the_shard_tools_that_means_nothing_is_refused(refused, shards, tmp_path):
+    assert refused("shards", "verify", shards / "val", "--part", "3/2").startswith("--part 3/2 is no part; write i/n")
+    assert refused("shards", "make", tmp_path, tmp_path / "out", "--resize", "long=9").startswith("--resize long=9 is")
 
 
 def test_what_is_no_data_set_is_refused_with_the_remedy(refused, tmp_path):
@@ -422,3 +469,37 @@ def test_the_sentence_of_a_loader_process_is_told_without_its_traceback():
 
 def test_a_sentence_of_this_process_is_told_as_it_is():
     assert __main__.one_sentence("optim.lr=1: give\n  two: lines") == "optim.lr=1: give\n  two: lines"
+
+
+# ---- bench ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", ["mae", "beit", "tokenize"])
+def test_the_loader_of_a_recipe_is_measured_by_stage(mim, tiny, objective):
+    code, out, err = mim("bench", "data", tiny(objective), "--seconds", "0.05", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert {"read", "decode", "augment", "collate", "one worker", "to device", "loader"} == found["images_per_s"].keys()
+    assert found["workers"] == 0
+    assert found["advice"]
+
+
+def test_the_measurement_of_a_loader_is_a_table(mim, tiny):
+    code, out, err = mim("bench", "data", tiny(), "--seconds", "0.05", "train.workers=1")
+    assert code == 0, err
+    assert "images/s" in out
+    assert "measured, train.workers=1" in out
+    assert "bound: " in out
+
+
+# ---- bad samples ---------------------------------------------------------------------------------
+
+
+def test_too_many_undecodable_images_end_a_training_with_65_and_their_names(refused, tiny, shards, tmp_path):
+    shutil.copytree(shards, tmp_path / "damaged")
+    damage.spoil_images(tmp_path / "damaged" / "train", [3, 40])
+    options = [f"data.path={tmp_path / 'damaged'}", f"train.run={tmp_path / 'run'}", "data.bad_budget=0"]
+    damage.quarantine(Dataset.open(tmp_path / "damaged" / "train"), [3, 40])
+    message = refused("train", tiny(), *options, code=65)
+    assert "samples, more than the 0 that data.bad_budget=0 accepts" in message
+    assert message.count("image: truncated") == 2

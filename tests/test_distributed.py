@@ -60,7 +60,7 @@ def test_a_wrong_batch_size_is_one_sentence_on_two_processes(dataset, tmp_path):
 def test_bad_samples_that_any_process_meets_are_in_the_journal_and_the_stream_is_that_of_one(dataset, tmp_path):  # noqa: F811
     shutil.copytree(dataset, tmp_path / "damaged")
     bad = [2, 9, 17]
-    damage.cut_images(tmp_path / "damaged", bad)
+    damage.spoil_images(tmp_path / "damaged", bad)
     path = recipe(tmp_path / "damaged", tmp_path, encoder__drop_path_rate=0.0)
     run(path, tmp_path / "one")
     launched = torchrun(path, tmp_path / "two")

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import types
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from mim.config import ConfigError, to_yaml, typed
 from mim.data import stream
 from mim.data.augment import crop
 from mim.data.make import make
-from mim.data.mixture import BLOCK, Mixture, bad_samples, order_of, pooled_statistics, rounded_shares
+from mim.data.mixture import BLOCK, Mixture, bad_samples, common_pixels, order_of, pooled, rounded_shares
 from mim.data.order import Order
 from mim.data.quarantine import Bad
 from mim.data.shards import Dataset
@@ -179,7 +180,7 @@ def test_any_start_continues_the_same_stream(mixed, start):
 
 def test_bad_samples_of_a_source_are_substituted_from_its_own_window(folders, tmp_path):
     root = write_source(tmp_path, "second")
-    damaged = damage.cut_images(root, [2, 5])
+    damaged = damage.spoil_images(root, [2, 5])
     mixed = Mixture([Dataset.open(folders[0]), damaged], [1, 1])
     found = batches(mixed, num_steps=4)
     met = {entry["sample"] for batch in found for entry in batch["bad"]}
@@ -215,28 +216,23 @@ def test_the_identity_covers_datasets_and_shares_and_nothing_else(folders):
 
 
 def test_statistics_are_pooled_by_share():
-    class Source:
-        def __init__(self, mean, std):
-            self.mean, self.std, self.channels = mean, std, len(mean)
-
     pixels = [np.array([0.1, 0.3]), np.array([0.2, 0.8])]
-    parts = [Source([float(p.mean())], [float(p.std())]) for p in pixels]
     drawn = np.concatenate([np.tile(pixels[0], 3), pixels[1]])  # three to one
-    mean, std = pooled_statistics(parts, [750, 250])
-    assert mean == pytest.approx([drawn.mean()])
-    assert std == pytest.approx([drawn.std()], abs=1e-6)
-    mean, _ = pooled_statistics([Source([0.5], [0.1]), Source([0.1, 0.2, 0.3], [0.1] * 3)], [500, 500])
-    assert mean == pytest.approx([0.3, 0.35, 0.4])
+    mean, std = pooled([(p.mean(), p.std()) for p in pixels], [750, 250])
+    assert mean == pytest.approx(drawn.mean())
+    assert std == pytest.approx(drawn.std(), abs=1e-6)
+
+
+def test_sources_share_the_number_of_channels_and_the_type_of_pixels():
+    assert common_pixels([_source(1), _source(3)]) == (3, "uint8")
     with pytest.raises(ConfigError, match="has 2 channels and another source has 3"):
-        pooled_statistics([_source(2), _source(3)], [1, 1])
+        common_pixels([_source(2), _source(3)])
+    with pytest.raises(ConfigError, match=r"holds uint16 and .* uint8"):
+        common_pixels([_source(3), _source(3, "uint16")])
 
 
-def _source(channels):
-    class Source:
-        path, mean, std = "x", [0.5] * channels, [0.1] * channels
-
-    Source.channels = channels
-    return Source
+def _source(channels, dtype="uint8"):
+    return types.SimpleNamespace(path="x", channels=channels, dtype=dtype)
 
 
 def test_labels_are_kept_when_all_sources_have_the_same_classes(mixed, folders, tmp_path):
@@ -270,6 +266,8 @@ def test_exactly_one_of_path_and_sources_is_given():
     assert typed(stream.Config, {"sources": one}, "data").sources[0].weight == 1.0
     with pytest.raises(ConfigError, match=r"data\.path and data\.sources are both given"):
         typed(stream.Config, {"path": "x", "sources": one}, "data")
+    with pytest.raises(ConfigError, match=r"beside data\.sources give data\.val_path"):
+        typed(stream.Config, {"sources": one, "val_ratio": 0.1}, "data")
     with pytest.raises(ConfigError, match=r"data\.path is missing"):
         typed(stream.Config, {"sources": []}, "data")
     with pytest.raises(ConfigError, match="weigth is not a known key"):

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from mim import train
-from mim.config import to_yaml
+from mim.config import ConfigError, to_yaml, typed
 from mim.contracts import DataError
 from mim.data import quarantine, stream
 from mim.data.augment import center, crop
@@ -28,7 +28,7 @@ def mask_quarter(rng):
 
 
 @pytest.fixture
-def dataset(tmp_path):
+def dataset(tmp_path, request):
     """30 noise images in 5 shards; four of them cannot be decoded, although their bytes are what they should be."""
     rng = np.random.default_rng(0)
     for i in range(30):
@@ -36,7 +36,7 @@ def dataset(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (16, 20, 3), dtype=np.uint8)).save(path)
     make(tmp_path / "in", tmp_path / "out", labels_from_folders=True, shard_size=7, workers=1)
-    return damage.cut_images(tmp_path / "out", BAD)
+    return damage.spoil_images(tmp_path / "out", BAD, getattr(request, "param", "cut"))
 
 
 def batches(dataset, known=None, **options):
@@ -65,8 +65,8 @@ def per_row(ranks):
     return rows
 
 
-@pytest.mark.parametrize("repeats", [1, 4])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("dataset", damage.DAMAGES, indirect=True)
+@pytest.mark.parametrize(("workers", "repeats"), [(0, 1), (0, 4), (2, 4)])
 def test_a_run_that_knew_the_bad_samples_sees_what_a_run_sees_that_discovers_them(dataset, workers, repeats):
     discovering = batches(dataset, workers=workers, repeats=repeats)
     damage.quarantine(dataset, BAD)
@@ -125,12 +125,34 @@ def test_known_samples_are_not_read_again(dataset, monkeypatch):
 
 
 def test_a_window_without_any_good_sample_is_a_data_error_that_names_the_first(dataset, monkeypatch):
-    def refuse(data, channels):
+    def refuse(data, channels, dtype):
         raise stream.BadImage("broken")
 
-    monkeypatch.setattr(stream, "decode", refuse)
+    monkeypatch.setattr(stream, "open_image", refuse)
     with pytest.raises(DataError, match=r"shard-0000\d\.tar/.* cannot be decoded \(broken\), and neither can 8 subst"):
         batches(dataset)
+
+
+def test_an_image_that_is_refused_only_when_its_pixels_are_wanted_is_substituted_as_well(dataset, monkeypatch):
+    """A view may be what decodes: then it is what finds out."""
+    expected = batches(dataset)
+    good = dataset.read(1, 0).image
+
+    def late(data, channels, dtype):
+        try:
+            return decode(data, channels)
+        except stream.BadImage:
+            return decode(good, channels)[:, :1]  # a mark for the view below
+
+    def refusing(image, rng, sizes):
+        if image.shape[1] == 1:
+            raise stream.BadImage("broken")
+        return crop(image, rng, sizes)
+
+    monkeypatch.setattr(stream, "open_image", late)
+    found = batches(dataset, view=refusing)
+    assert digest(found) == digest(expected)
+    assert {entry["sample"] for batch in found for entry in batch["bad"]} == set(BAD)
 
 
 def test_a_flipped_bit_is_fatal_and_never_substituted(dataset):
@@ -227,6 +249,12 @@ def test_a_budget_of_zero_stops_at_the_first():
         Journal(bad([3]), np.array([1000]), budget=0)
 
 
+@pytest.mark.parametrize("budget", [-0.1, 1.5])
+def test_a_budget_is_a_share(budget):
+    with pytest.raises(ConfigError, match=r"data\.bad_budget=.* must lie between 0 and 1"):
+        typed(stream.Config, {"path": "x", "bad_budget": budget}, "data")
+
+
 def test_findings_of_all_ranks_count_once_each():
     journal = Journal({}, np.array([1000]), budget=1e-4)
     entry = {"key": "k", "reason": "r", "substitute": "s"}
@@ -287,13 +315,13 @@ def test_a_decoder_that_learned_to_read_a_sample_does_not_change_a_resumed_strea
     assert {entry["sample"] for entry in found} == set(BAD)  # all of them come in the first epoch of five steps
     good = dataset.read(1, 0).image
 
-    def lenient(data, channels):
+    def lenient(data, channels, dtype):
         try:
             return decode(data, channels)
         except stream.BadImage:
             return decode(good, channels)
 
-    monkeypatch.setattr(stream, "decode", lenient)
+    monkeypatch.setattr(stream, "open_image", lenient)
     assert train.main(recipe, stopped) == train.DONE
     assert numbers(tmp_path / "stopped") == numbers(tmp_path / "whole")
 

@@ -98,3 +98,15 @@ def test_a_hundred_million_samples_are_reported_without_sorting_them(monkeypatch
     report(order(np.full(100_000, 1000)), Stored(label=by_shard), batch_size=256)
     assert max(sizes) == 100_000
     assert sizes.count(100_000) == 1
+
+
+@pytest.mark.parametrize(
+    ("lanes", "world", "told"), [(4, 1, False), (4, 2, False), (4, 3, True), (1, 3, False), (6, 4, False)]
+)
+def test_processes_that_share_no_factor_with_the_lanes_read_all_shards_and_are_told(lanes, world, told):
+    mine = order(lanes=lanes, window=10)
+    (line,) = report(mine, Stored(), batch_size=50, world=world).lines()
+    assert line.endswith("; every process reads all shards") == told
+    if lanes > 1:
+        lanes_of = {rank: {slot % 5000 % lanes for slot in range(rank, 5000, world)} for rank in range(world)}
+        assert all(len(found) == lanes for found in lanes_of.values()) == (told or world == 1)

@@ -1,26 +1,25 @@
+import copy
 import functools
 import itertools
-import multiprocessing
-import os
-import signal
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from mim.config import ConfigError
 from mim.contracts import DataError
-from mim.data import stream
+from mim.data import jpeg, stream
 from mim.data.augment import center, crop
-from mim.data.decode import decode
+from mim.data.decode import BadImage, open_image
+from mim.data.jitter import jitter_
 from mim.data.make import make
 from mim.data.order import Order
 from mim.data.shards import Dataset
 from mim.data.store import Store
-from mim.data.stream import evaluate, loader
+from mim.data.stream import evaluate, loader, to_device
 
 SIZES = [(16, 24), (8, 12)]
-OPTIONS = {"view": crop, "sizes": SIZES, "batch_size": 8, "num_steps": 40, "workers": 1, "timeout": 20}
 
 
 def mask_quarter(rng):
@@ -165,7 +164,7 @@ def test_epochs_and_draws_see_other_crops_and_masks(dataset):
 
 def test_draws_of_a_sample_are_decoded_once(dataset, monkeypatch):
     decoded = []
-    monkeypatch.setattr(stream, "decode", lambda data, channels: decoded.append(1) or decode(data, channels))
+    monkeypatch.setattr(stream, "open_image", lambda *options: decoded.append(1) or open_image(*options))
     batches(dataset, order_of(dataset, repeats=4), batch_size=8, num_steps=3)
     assert len(decoded) == 6
 
@@ -225,35 +224,6 @@ def test_reading_data_leaves_the_models_random_state_alone(dataset):
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-@pytest.fixture
-def handlers():
-    """Handlers in the main process, as a run has them."""
-    previous = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in previous.items():
-        signal.signal(number, handler)
-
-
-@pytest.mark.usefixtures("handlers")
-def test_ctrl_c_reaches_workers_too_and_they_go_on(dataset):
-    found = iter(loader(dataset, **OPTIONS, order=order_of(dataset)))
-    next(found)
-    (worker,) = multiprocessing.active_children()
-    os.kill(worker.pid, signal.SIGINT)
-    assert len(list(found)) == 39
-
-
-@pytest.mark.usefixtures("handlers")
-def test_a_worker_that_the_main_process_ends_is_gone(dataset):
-    """A fork inherits handlers; one that swallows SIGTERM would leave a worker that holds up the exit."""
-    found = iter(loader(dataset, **OPTIONS, order=order_of(dataset)))
-    next(found)
-    (worker,) = multiprocessing.active_children()
-    worker.terminate()
-    worker.join(timeout=10)
-    assert worker.exitcode == 0
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_sample_that_cannot_be_decoded_is_named(dataset, monkeypatch, workers):
     monkeypatch.setattr("mim.data.decode.MAX_PIXELS", 10)
@@ -287,3 +257,81 @@ def test_the_config_section_reads_sizes_as_number_or_pair():
 
     assert typed(stream.Config, {"path": "x"}).image_size == 224
     assert typed(stream.Config, {"path": "x", "image_size": [16, 24]}).image_size == [16, 24]
+
+
+# ---- depth and range -----------------------------------------------------------------------------
+
+
+def batch_of(images, limits):
+    return {"images": images, "tokenizer_images": images[..., :2], "range": limits, "keys": ["a"]}
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16])
+def test_the_default_range_divides_by_the_largest_value(dtype):
+    white = torch.iinfo(dtype).max
+    raw = torch.tensor([0, 1, 100, white]).to(dtype).view(1, 1, 2, 2)
+    batch = to_device(batch_of(raw, [[0, white]]), torch.device("cpu"))
+    assert torch.equal(batch["images"], raw.float() / white)
+    assert batch["tokenizer_images"].dtype == torch.float32
+    assert "range" not in batch
+
+
+def test_a_range_per_channel_maps_and_clamps_each():
+    raw = torch.tensor([[-1.0, 0.0, 5.0, 20.0], [100.0, 150.0, 200.0, 300.0]]).view(1, 2, 2, 2)
+    batch = to_device(batch_of(raw, [[0, 10], [100, 200]]), torch.device("cpu"))
+    expected = torch.tensor([[0.0, 0.0, 0.5, 1.0], [0.0, 0.5, 1.0, 1.0]]).view(1, 2, 2, 2)
+    assert torch.equal(batch["images"], expected)
+
+
+def test_batches_carry_the_range_of_the_channels_that_are_read(dataset):
+    (gray,) = batches(dataset, num_steps=1, channels=1)
+    assert gray["range"] == [[0, 255]]
+    mixed = copy.copy(dataset)
+    mixed.range = [[0, 255], [0, 128], [0, 255]]
+    with pytest.raises(ConfigError, match=r"data\.range differs by channel, but data\.channels=1"):
+        batches(mixed, num_steps=1, channels=1)
+
+
+def test_a_file_that_only_its_pixels_give_away_is_named(dataset, monkeypatch):
+    """A box is decoded when the view asks for it, so that is where such a file is found."""
+
+    def refuse(*_):
+        raise BadImage("broken")
+
+    with pytest.raises(DataError, match=r"shard-0000\d\.tar/.*: broken"):
+        batches(dataset, view=refuse)
+
+
+def test_jitter_reaches_training_batches_and_both_of_their_views_on_the_device(dataset):
+    (plain,) = batches(dataset, num_steps=1)
+    (batch,) = batches(dataset, num_steps=1, jitter=0.4)
+    assert torch.equal(batch["images"], plain["images"])  # the loader leaves colours alone
+    moved, still = to_device(batch, torch.device("cpu")), to_device(plain, torch.device("cpu"))
+    assert "jitter" not in moved
+    expected = [still["images"].clone(), still["tokenizer_images"].clone()]
+    jitter_(expected, plain["noise"], 0.4)
+    assert torch.equal(moved["images"], expected[0])
+    assert torch.equal(moved["tokenizer_images"], expected[1])
+    assert not torch.equal(moved["images"], still["images"])
+    assert "jitter" not in next(iter(evaluate(dataset, view=center, sizes=SIZES, batch_size=4)))
+
+
+@pytest.mark.parametrize("repeats", [1, 4])
+def test_neither_the_decoder_nor_the_cut_changes_a_batch(tmp_path, monkeypatch, repeats):
+    rng = np.random.default_rng(0)
+    (tmp_path / "in").mkdir()
+    for i in range(6):
+        coarse = Image.fromarray(rng.integers(0, 256, (9, 11, 3), dtype=np.uint8))
+        coarse.resize((110 + i, 90)).save(tmp_path / f"in/{i}.jpg", quality=80 + i)
+    make(tmp_path / "in", tmp_path / "out", workers=1)
+    jpegs = Dataset.open(tmp_path / "out")
+
+    def pixels():
+        found = batches(jpegs, order_of(jpegs, repeats=repeats), num_steps=4)
+        return [(batch["images"].numpy().tobytes(), batch["tokenizer_images"].numpy().tobytes()) for batch in found]
+
+    expected = pixels()
+    monkeypatch.setattr(jpeg, "simplejpeg", None)
+    assert pixels() == expected
+    monkeypatch.setattr(jpeg, "parse", lambda data: None)
+    assert pixels() == expected

@@ -1,6 +1,10 @@
 """The loop: stopping at any step and rerunning changes nothing, whatever the number of workers or micro-batches."""
 
 import json
+import multiprocessing
+import os
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -218,3 +222,54 @@ def test_evaluations_run_in_the_loop_and_leave_the_training_alone(dataset, tmp_p
     assert [e["step"] for e in logged if e.get("eval") == "reconstruction"] == [4, 7]
     assert Path(next(e for e in logged if e.get("eval") == "reconstruction")["reconstruction"]).is_file()
     assert [e for e in logged if e["event"] == "train"] == lines(uninterrupted)
+
+
+def test_sigterm_to_the_whole_process_group_saves_and_stops_with_75(dataset, tmp_path):
+    """What `timeout`, scancel and some launchers do: loader workers get the signal too."""
+    path = recipe(dataset, tmp_path, optim__length="100000 steps", train__log_every="1 steps", train__workers=2)
+
+    def launch():
+        os.setsid()
+        os._exit(run(path, tmp_path / "run"))
+
+    process = multiprocessing.get_context("fork").Process(target=launch)
+    process.start()
+    log, deadline = tmp_path / "run" / "log.jsonl", time.monotonic() + 60
+    while time.monotonic() < deadline and not (log.is_file() and len(log.read_text().splitlines()) > 3):
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGTERM)
+    process.join(60)
+    assert process.exitcode == train.STOPPED
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert status["state"] == "stopped"
+    assert checkpoint.step_of(checkpoint.newest(tmp_path / "run")) == status["step"] > 3
+
+
+def test_a_loop_that_waits_for_its_data_says_once_why(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("mim.data.stages.MAX_WAIT", -1.0)  # any share is too much
+    options = {"optim__length": "110 steps", "train__log_every": "50 steps", "train__save_every": "110 steps"}
+    run(recipe(dataset, tmp_path, **options), tmp_path / "run")
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("data: the loop waited")]
+    assert len(said) == 1
+    assert "of the last 50 steps. A worker makes" in said[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_comes_twice_at_once_asks_to_stop_and_a_later_one_acts(number, monkeypatch, capsys):
+    now, acted = [100.0], []
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    before = signal.signal(number, lambda *_: acted.append(number))
+    try:
+        with train.stop_signals() as stop:
+            assert not stop(1)
+            for moment in (100.0, 100.5):
+                now[0] = moment
+                signal.raise_signal(number)
+            assert stop(1)
+            assert acted == []
+            now[0] = 102.5
+            signal.raise_signal(number)
+            assert acted == [number]
+    finally:
+        signal.signal(number, before)
+    assert capsys.readouterr().err.count("saving at the next step") == 1

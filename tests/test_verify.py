@@ -11,10 +11,13 @@ from PIL import Image
 
 from mim.contracts import DataError
 from mim.data import tar
+from mim.data.join import join
 from mim.data.make import make
+from mim.data.members import build_index, save_index
+from mim.data.parts import Part
 from mim.data.shards import LOCK, Dataset, dataset_id, read_lock
 from mim.data.tar import BLOCK
-from mim.data.verify import verify
+from mim.data.verify import check_shard, verify
 
 
 def picture(i, kind="JPEG"):
@@ -53,8 +56,6 @@ def replace_member(folder, number, row, image):
 
 def agree(folder, number):
     """Index a shard again and write its hash into the lock."""
-    from mim.data.members import build_index, save_index
-
     shard = folder / f"shard-{number:05d}.tar"
     save_index(shard.with_suffix(".npy"), build_index(str(shard), labelled=True))
     lock = json.loads((folder / LOCK).read_text())
@@ -130,8 +131,6 @@ def test_every_flipped_bit_is_found_and_reading_delivers_no_other_sample(copy):
             payload[int(offset) : int(offset + size)] = True
     rng = np.random.default_rng(0)
     refused = in_payload = 0
-    from mim.data.verify import check_shard
-
     for _ in range(400):
         at = int(rng.integers(len(whole)))
         flip(shard, at, int(rng.integers(8)))
@@ -152,8 +151,6 @@ def test_every_flipped_bit_is_found_and_reading_delivers_no_other_sample(copy):
 
 def test_every_truncation_is_found_by_verify_and_at_run_time(copy):
     """100 random bytes, every member boundary, the middle of each header, and the end blocks."""
-    from mim.data.verify import check_shard
-
     shard = copy / "shard-00000.tar"
     whole = shard.read_bytes()
     index = np.load(copy / "shard-00000.npy")
@@ -233,3 +230,15 @@ def test_a_key_twice_in_a_shard_is_an_error(copy):
     index[4] = index[3]
     np.save(copy / "shard-00001.npy", index)
     assert "duplicate_key" in kinds(verify(copy, workers=1))
+
+
+def test_parts_join_to_the_same_quarantine(copy):
+    for number, row in ((0, 2), (1, 3), (2, 1)):
+        replace_member(copy, number, row, b"no image")
+    whole = verify(copy, decode=True, workers=1).quarantine.read_bytes()
+    (copy / "quarantine.json").unlink()
+    reports = [verify(copy, decode=True, workers=1, part=Part(number, 2)) for number in (1, 2)]
+    assert [report.num_shards for report in reports] == [2, 1]
+    assert join(copy).num_quarantined == 3
+    assert (copy / "quarantine.json").read_bytes() == whole
+    assert not list(copy.glob("*part*"))

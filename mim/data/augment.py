@@ -1,10 +1,13 @@
-"""Views: functions from one uint8 image (C, H, W) to uint8 views (C, h, w), one per asked size.
+"""Views: functions from one image (C, H, W) to views (C, h, w) of the same type, one per asked size.
 
 All sizes share one box and one flip, so that a tokenizer at another resolution sees what the encoder sees. A recipe
 selects a view by name; its keyword-only options are the keys of the section. Draws come from the sample's own
 generator.
 
-Resizing is antialiased bicubic on uint8, the same filter as Pillow's within one level and three times as fast.
+A view draws its box from the shape alone, so an image may come encoded (`decode.Encoded`) and only the box be decoded.
+
+Resizing is antialiased bicubic on uint8, the same filter as Pillow's within one level and three times as fast; uint16
+and float32, of any number of channels, take the same filter in float32.
 """
 
 from __future__ import annotations
@@ -17,8 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mim.data.decode import LUMA, Encoded
+
 Sizes = list[tuple[int, int]]  # (h, w) of each view
-LUMA = (0.299, 0.587, 0.114)  # ITU-R 601
+Image = Tensor | Encoded  # (C, H, W)
 
 
 class Box(NamedTuple):
@@ -31,7 +36,7 @@ class Box(NamedTuple):
 
 
 def crop(
-    image: Tensor,
+    image: Image,
     rng: np.random.Generator,
     sizes: Sizes,
     *,
@@ -42,12 +47,12 @@ def crop(
     """Random resized crop and horizontal flip, distributed as torchvision's `RandomResizedCrop`."""
     box = _random_box(image.shape[1], image.shape[2], rng, scale, ratio)
     flip = rng.random() < hflip
-    views = [_resize(image, box, size) for size in sizes]
+    views = _render(image, box, sizes)
     return [view.flip(2) for view in views] if flip else views
 
 
 def center(
-    image: Tensor,
+    image: Image,
     rng: np.random.Generator,
     sizes: Sizes,
     *,
@@ -63,11 +68,11 @@ def center(
     unit = min(height / h, width / w) * crop_ratio  # source pixels per view pixel
     box_h, box_w = max(1, round(h * unit)), max(1, round(w * unit))
     box = Box((height - box_h) // 2, (width - box_w) // 2, box_h, box_w)
-    return [_resize(image, box, size) for size in sizes]
+    return _render(image, box, sizes)
 
 
 def gray_crop(
-    image: Tensor,
+    image: Image,
     rng: np.random.Generator,
     sizes: Sizes,
     *,
@@ -80,7 +85,7 @@ def gray_crop(
 
 
 def gray_center(
-    image: Tensor,
+    image: Image,
     rng: np.random.Generator,
     sizes: Sizes,
     *,
@@ -105,17 +110,36 @@ def _random_box(
     return Box((height - h) // 2, (width - w) // 2, h, w)
 
 
-def _resize(image: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
-    """Cut a box and resize it. (C, H, W) -> (C, h, w)"""
-    cut = image[:, box.top : box.top + box.h, box.left : box.left + box.w]
-    if (box.h, box.w) == tuple(size):
+def _render(image: Image, box: Box, sizes: Sizes) -> list[Tensor]:
+    """Cut a box and resize it to each size. (C, H, W) -> (C, h, w)"""
+    if isinstance(image, Encoded):
+        cut = image.cut(*box)
+    else:
+        cut = image[:, box.top : box.top + box.h, box.left : box.left + box.w]
+    return [_resize(cut, size) for size in sizes]
+
+
+def _resize(cut: Tensor, size: tuple[int, int]) -> Tensor:
+    """(C, H, W) -> (C, h, w)"""
+    if cut.shape[1:] == tuple(size):
         return cut
-    batch = cut[None].contiguous(memory_format=torch.channels_last)  # the layout of the fast uint8 kernel
-    return F.interpolate(batch, size=size, mode="bicubic", antialias=True)[0]  # (C, h, w)
+    if cut.dtype == torch.uint8:
+        # (1, C, H, W) over (H, W, C) memory, for which the kernel is fastest and which it keeps. The batch is added to
+        # (H, W, C): added to (C, H, W) it gets a stride that torch does not take for this layout, and the result is
+        # transposed, which costs as much as the resize.
+        batch = cut.permute(1, 2, 0)[None].contiguous().permute(0, 3, 1, 2)
+        return F.interpolate(batch, size=size, mode="bicubic", antialias=True)[0]  # (C, h, w)
+    resized = F.interpolate(cut[None].float(), size=size, mode="bicubic", antialias=True)[0]  # (C, h, w)
+    return resized.round_().clamp_(0, 65535).to(torch.uint16) if cut.dtype == torch.uint16 else resized
 
 
 def _gray(views: list[Tensor], rng: np.random.Generator) -> list[Tensor]:
     """Gray level g -> (g - mean) * contrast + mean + shift, half of the time inverted; the same change in all views."""
+    if views[0].dtype != torch.uint8 or views[0].shape[0] not in (1, 3):
+        c, depth = views[0].shape[0], str(views[0].dtype).removeprefix("torch.")
+        raise ValueError(
+            f"gray views take 8-bit images of 1 or 3 channels, not {c} of {depth}; use view crop or center"
+        )
     contrast, shift, invert = rng.uniform(0.5, 1.5), rng.uniform(-48, 48), rng.random() < 0.5  # shift in levels of 255
     grays = [_luma(view) for view in views]
     mean = grays[0].mean(dtype=torch.float64).item()

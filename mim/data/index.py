@@ -12,11 +12,10 @@ says how many were measured.
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,15 +28,16 @@ from mim import __version__
 from mim.config import ConfigError
 from mim.contracts import DataError, StorageError
 from mim.data import tar
-from mim.data.decode import BadImage, decode, read_header
+from mim.data.decode import BadImage
 from mim.data.listing import IMAGE_ENDINGS
 from mim.data.locations import expand, names
 from mim.data.members import Group, index_of, samples, save_index
-from mim.data.order import key64
 from mim.data.parts import WHOLE, Part, remove_parts
+from mim.data.picks import keyed_picks
 from mim.data.shards import FORMAT, LABEL_MEMBER, LOCK, Dataset, dataset_id, is_dataset, write_lock
 from mim.data.store import Store
-from mim.data.write import Written, _statistics
+from mim.data.workers import pool
+from mim.data.write import Written, read_pixels, statistics_of
 from mim.log import write_json
 
 NUM_MEASURED = 1000  # images whose pixels are measured
@@ -131,7 +131,7 @@ def index(
         out.mkdir(parents=True, exist_ok=True)
         _check_free(out, tasks)
         began = time.monotonic()
-        facts = _index_all((part or WHOLE).take(tasks), workers or len(os.sched_getaffinity(0)))
+        facts = _index_all((part or WHOLE).take(tasks), workers)
         seconds = time.monotonic() - began
         if part is None:
             finish(out, source, facts, workers)
@@ -182,7 +182,7 @@ def finish(out: Path, source: dict[str, Any], facts: list[dict[str, Any]], worke
         "source": source,
         "tool": {"mimstream": __version__, "pillow": PIL.__version__},
     }
-    lock["statistics"] = _measured(out, lock, workers or len(os.sched_getaffinity(0)))
+    lock["statistics"] = _measured(out, lock, workers)
     lock["statistics"]["class_counts"] = [counts[i] for i in range(len(classes))] if classes is not None else None
     write_lock(out, lock)
     remove_parts(out, LOCK.removesuffix(".json"))
@@ -198,15 +198,15 @@ def _check_free(out: Path, tasks: list[Task]) -> None:
             raise ConfigError(f"{file} is an array of yours, and the index would replace it; choose another folder")
 
 
-def _index_all(tasks: list[Task], workers: int) -> list[dict[str, Any]]:
+def _index_all(tasks: list[Task], workers: int | None) -> list[dict[str, Any]]:
     with (
         tqdm(desc="index", unit=" images", disable=None) as bar,
-        ProcessPoolExecutor(max(1, min(workers, len(tasks)))) as pool,
+        pool(workers, len(tasks)) as processes,
     ):
-        futures = [pool.submit(index_shard, task) for task in tasks]
+        futures = [processes.submit(index_shard, task) for task in tasks]
         for future in as_completed(futures):
             if error := future.exception():
-                pool.shutdown(cancel_futures=True)
+                processes.shutdown(cancel_futures=True)
                 raise error
             bar.update(future.result()["count"])
     return [future.result() for future in futures]
@@ -273,32 +273,28 @@ def _nothing_usable(task: Task, other: Counter[str]) -> DataError:
     )
 
 
-def _measured(out: Path, lock: dict[str, Any], workers: int) -> dict[str, Any]:
+def _measured(out: Path, lock: dict[str, Any], workers: int | None) -> dict[str, Any]:
     """Statistics of a keyed sample of the images."""
     dataset = Dataset(out, lock)
-    picks = sorted({key64("statistics", i) % len(dataset) for i in range(NUM_MEASURED)})
-    if len(dataset) <= NUM_MEASURED:
-        picks = list(range(len(dataset)))
-    chunks = [picks[i::workers] for i in range(workers) if picks[i::workers]]
-    with ProcessPoolExecutor(len(chunks)) as pool:
-        written = list(pool.map(_measure, [dataset] * len(chunks), chunks))
+    picks = keyed_picks(len(dataset), NUM_MEASURED, "statistics")
+    size = 50  # a task of some seconds even over a network
+    chunks = [picks[start : start + size] for start in range(0, len(picks), size)]
+    with pool(workers, len(chunks)) as processes:
+        written = list(processes.map(_measure, [dataset] * len(chunks), chunks))
     measured = sum(one.count for one in written)
     if not measured:
         bad = written[0].left_out[0]
         raise DataError(f"none of {len(picks)} images of {out} can be decoded; {bad['file']}: {bad['reason']}")
-    return {**_statistics([one for one in written if one.count], None), "num_measured": measured}
+    return {**statistics_of([one for one in written if one.count], None), "num_measured": measured}
 
 
 def _measure(dataset: Dataset, picks: list[int]) -> Written:
     """Decode some samples by their number in the dataset."""
     written = Written("")
-    ends = np.cumsum(dataset.counts)
     for pick in picks:
-        shard = int(np.searchsorted(ends, pick, side="right"))
-        sample = dataset.read(shard, int(pick - (ends[shard] - dataset.counts[shard])))
+        sample = dataset.read(*dataset.locate(pick))
         try:
-            header = read_header(sample.image)
-            written.add(header, decode(sample.image, header.channels), sample.label)
+            written.add(*read_pixels(sample.image), sample.label)
         except BadImage as error:
             written.left_out.append({"file": sample.key, "reason": str(error)})
     return written

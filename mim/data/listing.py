@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from mim.config import ConfigError
 
-IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
+IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "npy")
 MAX_KEY = 94  # bytes: with "." and an ending it fits the 100-byte name of a plain ustar header
 HASH = 12  # hexadecimal digits that make a key unique
 

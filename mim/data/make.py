@@ -1,9 +1,12 @@
-"""A folder of images -> a dataset folder: every image decoded once, shuffled by a key, written as WebDataset tars.
+"""Images -> a dataset folder: every image decoded once, shuffled by a key, written as WebDataset tars.
 
-The same images and options give the same bytes: paths are sorted, the shuffle is a keyed permutation, tars carry no
-time. Encoded images are copied untouched. Nothing is visible in OUT before it is whole: shards are written into a
-hidden folder of it and moved out by rename, the lock last. An image that cannot be decoded is left out by name; too
-many of them end the making.
+The same images and options give the same bytes: the shuffle is a keyed permutation, tars carry no time. Encoded images
+are copied untouched unless they are to be shrunk. Nothing is visible in OUT before it is whole: shards are written into
+a hidden folder of it and moved out by rename, the lock last. What a killed process finished is kept, under the hash of
+images and options, and reused when its own hash is right. An image that cannot be decoded is left out by name; too many
+of them end the making.
+
+With `part`, only every n-th shard is written and all stay in the hidden folder; `join` moves them out.
 """
 
 from __future__ import annotations
@@ -11,31 +14,25 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import os
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from mim.config import ConfigError
-from mim.contracts import StorageError
-from mim.data.listing import Listing, class_of, list_images, sample_keys
-from mim.data.order import key64, permutation
-from mim.data.shards import FORMAT, LOCK, is_dataset, read_lock
-from mim.data.write import Item, Task, finish, write_shards
+from mim.contracts import DataError, StorageError
+from mim.data.listing import list_images
+from mim.data.parts import WHOLE, Part, remove_parts
+from mim.data.plan import PARTIAL, QUALITY, Options, Plan, identity_of, plan_of, shard_name
+from mim.data.shards import LOCK, is_dataset, read_lock
+from mim.data.sources import Source, from_folder, open_source
+from mim.data.write import Task, facts_file, finish, read_facts, write_shards
+from mim.log import write_json
 
-PARTIAL = ".partial"  # in OUT: what is being written; left by a killed process, removed by the next
 LOCK_FILE = ".lock"  # in OUT: two processes that want the same dataset make it once
-
-
-@dataclass(frozen=True)
-class Options:
-    """What decides the bytes of a dataset, besides the images."""
-
-    labels_from_folders: bool = False
-    val_ratio: float = 0.0
-    shard_size: int = 1000  # samples
-    seed: int = 0
+STEM = LOCK.removesuffix(".json")  # of the files that parts leave
 
 
 @dataclass(frozen=True)
@@ -49,10 +46,17 @@ class MakeReport:
     left_out: list[dict[str, str]]  # {"file", "reason"} of each image that cannot be decoded
     ignored: dict[str, int]  # files of other endings
     reused: bool  # OUT held the same dataset already
+    images_per_second: float = 0.0  # written now; what a killed process had finished counts too
+    part: str | None = None  # i/n: only these shards were made
 
     def text(self) -> str:
         """The report for people."""
-        lines = [f"{self.num_samples} images in {self.path}" + (" (made before, reused)" if self.reused else "")]
+        lines = [
+            f"{self.num_samples} images in {self.path}"
+            + (" (made before, reused)" if self.reused else f", {self.images_per_second:.0f}/s")
+        ]
+        if self.part is not None:
+            lines = [f"{self.num_samples} images in part {self.part}; when all are: mim shards join {self.path}"]
         if self.val_path is not None:
             lines.append(f"{self.num_val_samples} images held out in {self.val_path}")
         lines += [f"left out {entry['file']}: {entry['reason']}" for entry in self.left_out]
@@ -62,28 +66,39 @@ class MakeReport:
 
 
 def make(
-    folder: str | Path,
+    source: str | Path,
     out: str | Path,
     *,
     labels_from_folders: bool = False,
+    labels: str | None = None,
     val_ratio: float = 0.0,
     shard_size: int = Options.shard_size,
     seed: int = 0,
+    short: int | None = None,
+    quality: int | None = None,
     workers: int | None = None,
     max_left_out: int | None = None,
+    part: Part | None = None,
 ) -> MakeReport:
-    """Make the dataset OUT from the images under FOLDER; with `val_ratio` the two datasets OUT/train and OUT/val.
+    """Make the dataset OUT from the images of SOURCE; with `val_ratio` the two datasets OUT/train and OUT/val.
 
-    labels_from_folders: the first folder below FOLDER is the class. workers: processes, default one per core.
-    max_left_out: images that may fail to decode, default 1% and at least 10. Raises ConfigError, DataError,
-    StorageError.
+    source: what `mim/data/sources.py` reads. labels_from_folders: the first folder below SOURCE is the class. labels:
+    "cls" of tars, or a column of a saved dataset. short: images with a larger short side are shrunk to it and stored as
+    JPEG of `quality`. workers: processes, default one per core. max_left_out: images that may fail to decode, default
+    1% and at least 10. Raises ConfigError, DataError, StorageError.
     """
-    options = Options(labels_from_folders, val_ratio, shard_size, seed)
     if not 0 <= val_ratio < 1:
         raise ConfigError(f"val_ratio={val_ratio} must be at least 0 and below 1")
     if shard_size < 1:
         raise ConfigError(f"shard_size={shard_size} must be at least 1")
-    return _make(list_images(Path(folder)), Path(out), options, workers, max_left_out)
+    if short is not None and short < 1:
+        raise ConfigError(f"--resize short={short} must be at least 1 pixel")
+    if quality is not None and (short is None or not 1 <= quality <= 100):
+        raise ConfigError(f"--quality {quality} must lie from 1 to 100, and needs --resize short=N")
+    quality = QUALITY if short is not None and quality is None else quality
+    options = Options(labels_from_folders, val_ratio, shard_size, seed, labels, short, quality)
+    opened = open_source(source, labels_from_folders=labels_from_folders, labels=labels)
+    return _make(opened, Path(out), options, workers, max_left_out, part)
 
 
 def cached(
@@ -95,59 +110,120 @@ def cached(
     seed: int = 0,
 ) -> Path:
     """Make a folder's dataset once, under a name that changes with its images and the options; return its OUT."""
-    listing = list_images(Path(folder))
+    folder = Path(folder)
     options = Options(labels_from_folders=labels_from_folders, val_ratio=val_ratio, seed=seed)
-    place = hashlib.sha256(f"{listing.folder.resolve()}\0{_source(listing, options)}".encode(errors="surrogateescape"))
-    out = Path(cache_dir) / f"{listing.folder.resolve().name}-{place.hexdigest()[:16]}"
-    _make(listing, out, options, workers=None, max_left_out=None)
+    source = from_folder(list_images(folder), labels_from_folders=labels_from_folders)
+    place = hashlib.sha256(f"{folder.resolve()}\0{identity_of(source, options)}".encode(errors="surrogateescape"))
+    out = Path(cache_dir) / f"{folder.resolve().name}-{place.hexdigest()[:16]}"
+    _make(source, out, options, workers=None, max_left_out=None, part=None)
     return out
 
 
-def _make(listing: Listing, out: Path, options: Options, workers: int | None, max_left_out: int | None) -> MakeReport:
-    source = _source(listing, options)
-    budget = max(10, len(listing.images) // 100) if max_left_out is None else max_left_out
-    try:
+def join(out: Path, content: dict[str, Any]) -> MakeReport:
+    """Move out what all parts have made, and write the locks; `content` is what each of them left."""
+    source = dict(content["source"])
+    identity = source.pop("hash")
+    options = Options(**source)
+    plan = Plan(
+        out, options, identity, content["classes"], {name: [] for name in content["splits"]}, content["left_out"]
+    )
+    targets = {
+        name: [plan.work / name / shard_name(number) for number in range(count)]
+        for name, count in content["splits"].items()
+    }
+    if _is_whole(plan):  # joined before, by a process that was killed at the very end
+        shutil.rmtree(out / PARTIAL, ignore_errors=True)
+        remove_parts(out, STEM)
+        return _report(plan, {}, reused=True)
+    if missing := [file for files in targets.values() for file in files if not facts_file(file).is_file()]:
+        raise DataError(f"{missing[0]} and {len(missing) - 1} more shards are not there; run their parts again")
+    with _storage(out), _exclusive(out, WHOLE):
+        _publish(plan, targets)
+    return _report(plan, {}, reused=False)
+
+
+def _make(
+    source: Source, out: Path, options: Options, workers: int | None, max_left_out: int | None, part: Part | None
+) -> MakeReport:
+    plan = plan_of(source, out, options)
+    tasks = (part or WHOLE).take([task for split in plan.splits.values() for task in split])
+    num_images = sum(len(task.items) for task in tasks)
+    budget = max(10, num_images // 100) if max_left_out is None else max_left_out
+    with _storage(out):
         out.mkdir(parents=True, exist_ok=True)
-        with _exclusive(out):
-            reused = _already_made(out, source, options)
+        with _exclusive(out, part or WHOLE):
+            reused = _already_made(plan)
+            if reused:
+                shutil.rmtree(out / PARTIAL, ignore_errors=True)  # what a kill at the very end left
+            rate = 0.0
             if not reused:
-                _write(listing, out, options, source, workers or len(os.sched_getaffinity(0)), budget)
-    except FileExistsError as error:
-        raise ConfigError(f"{out} is a file; choose a folder that is empty or new") from error
-    except OSError as error:
-        raise StorageError(f"cannot make {out}: {error}") from error
-    return _report(out, listing, options, reused)
+                began = time.monotonic()
+                written = _write(plan, tasks, workers, budget, part)
+                rate = round(num_images / max(time.monotonic() - began, 1e-9), 1)
+                if part is not None:
+                    write_json(out / part.file(STEM), plan.content())
+                    bad = [entry for one in written for entry in one.left_out]
+                    count = sum(one.count for one in written)
+                    name = f"{part.number}/{part.count}"
+                    return MakeReport(out, None, count, 0, bad, source.ignored, False, rate, part=name)
+    return _report(plan, source.ignored, reused, rate)
 
 
-def _write(listing: Listing, out: Path, options: Options, source: str, workers: int, budget: int) -> None:
-    """Write everything into the hidden folder, then move it out, each lock after its shards."""
-    classes, parts = _split(listing, options)
-    partial = out / PARTIAL
-    shutil.rmtree(partial, ignore_errors=True)
+def _write(plan: Plan, tasks: list[Task], workers: int | None, budget: int, part: Part | None) -> list[Any]:
+    """Write shards into the hidden folder; without parts, move them out, each lock after its shards."""
+    if part is None and (plan.out / PARTIAL).is_dir():
+        for other in (plan.out / PARTIAL).iterdir():  # of other images or options
+            if other != plan.work:
+                shutil.rmtree(other) if other.is_dir() else other.unlink()
+    for name in plan.splits:
+        (plan.work / name).mkdir(parents=True, exist_ok=True)
     try:
-        tasks = {name: _tasks(listing, partial / name, items, options) for name, items in parts.items()}
-        written = iter(write_shards([task for part in tasks.values() for task in part], workers, budget))
-        for name, part in tasks.items():
-            finish(partial / name, [next(written) for _ in part], classes, {"hash": source, **asdict(options)})
-        for name in tasks:
-            (out / name).mkdir(exist_ok=True)
-            for file in sorted((partial / name).iterdir(), key=lambda file: file.name == LOCK):
-                file.rename(out / name / file.name)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        written = write_shards(tasks, workers, budget)
+        if part is None:
+            _publish(plan, {name: [task.target for task in tasks] for name, tasks in plan.splits.items()})
+    except DataError:
+        if part is None:
+            shutil.rmtree(plan.out / PARTIAL, ignore_errors=True)
+        raise
+    return written
 
 
-def _source(listing: Listing, options: Options) -> str:
-    """Hash of what a dataset is made from, without reading the images."""
-    digest = hashlib.sha256(repr((FORMAT, asdict(options))).encode())
-    for image in listing.images:
-        digest.update(f"{image.path}\0{image.size}\0{image.mtime_ns}\n".encode(errors="surrogateescape"))
-    return digest.hexdigest()
+def _publish(plan: Plan, targets: dict[str, list[Path]]) -> None:
+    """Move finished shards out of the hidden folder. May be repeated after a kill at any point."""
+    for i, (name, files) in enumerate(targets.items()):
+        source = {"hash": plan.identity, **asdict(plan.options)}
+        if plan.options.short is not None:
+            source["filter"] = "bicubic, antialiased"
+        written = [read_facts(file) for file in files]
+        finish(plan.work / name, written, plan.classes, source, plan.left_out if i == 0 else [])
+    for name, files in targets.items():
+        (plan.out / name).mkdir(exist_ok=True)
+        for file in files:
+            for piece in (file, file.with_suffix(".npy")):
+                if piece.is_file():
+                    piece.rename(plan.out / name / piece.name)
+        (plan.work / name / LOCK).rename(plan.out / name / LOCK)
+    shutil.rmtree(plan.out / PARTIAL, ignore_errors=True)
+    remove_parts(plan.out, STEM)
 
 
 @contextlib.contextmanager
-def _exclusive(out: Path) -> Iterator[None]:
-    with (out / LOCK_FILE).open("a") as file:
+def _storage(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileExistsError as error:
+        raise ConfigError(f"{out} is a file; choose a folder that is empty or new") from error
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(f"cannot make {out}: {error}") from error
+
+
+@contextlib.contextmanager
+def _exclusive(out: Path, part: Part) -> Iterator[None]:
+    """Wait for others that make the same: all of it, or the same part of it."""
+    name = LOCK_FILE if part.count == 1 else f"{LOCK_FILE}-{part.number}-of-{part.count}"
+    with (out / name).open("a") as file:
         with contextlib.suppress(OSError):  # file systems without locks: two makers write the same bytes, one may fail
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -157,10 +233,15 @@ def _roots(out: Path, options: Options) -> list[Path]:
     return [out / "train", out / "val"] if options.val_ratio else [out]
 
 
-def _already_made(out: Path, source: str, options: Options) -> bool:
+def _is_whole(plan: Plan) -> bool:
+    roots = _roots(plan.out, plan.options)
+    return all(is_dataset(root) and read_lock(root)["source"].get("hash") == plan.identity for root in roots)
+
+
+def _already_made(plan: Plan) -> bool:
     """Whether OUT holds exactly this dataset; refuse if it holds anything else."""
-    roots = _roots(out, options)
-    if all(is_dataset(root) and read_lock(root)["source"].get("hash") == source for root in roots):
+    out, roots = plan.out, _roots(plan.out, plan.options)
+    if _is_whole(plan):
         return True
     if (out / PARTIAL).exists() and not all(is_dataset(root) for root in roots):
         return False  # a killed process began here, in an empty folder; what it moved out already is overwritten
@@ -168,44 +249,14 @@ def _already_made(out: Path, source: str, options: Options) -> bool:
         raise ConfigError(
             f"{out} holds a dataset made from other images or options; choose another folder or delete it"
         )
-    if strange := sorted(entry.name for entry in out.iterdir() if entry.name not in (PARTIAL, LOCK_FILE)):
+    own = (PARTIAL, LOCK_FILE, STEM)
+    if strange := sorted(entry.name for entry in out.iterdir() if not entry.name.startswith(own)):
         raise ConfigError(f"{out} is not empty (it holds {strange[0]!r}); choose a folder that is empty or new")
     return False
 
 
-def _split(listing: Listing, options: Options) -> tuple[list[str] | None, dict[str, list[Item]]]:
-    """Return the classes, and the shuffled items of each dataset to write ("" is OUT itself).
-
-    An image is in val by a hash of its own path, so it stays there when others are added.
-    """
-    paths = [image.path for image in listing.images]
-    keys = sample_keys(paths)
-    names = [class_of(path) for path in paths] if options.labels_from_folders else None
-    classes = sorted(set(names)) if names is not None else None
-    number = {name: label for label, name in enumerate(classes or [])}
-    parts: dict[str, list[Item]] = {"train": [], "val": []} if options.val_ratio else {"": []}
-    for i in permutation(len(paths), "make", options.seed):
-        held_out = key64("val", options.seed, paths[i]) < options.val_ratio * 2**63
-        part = ("val" if held_out else "train") if options.val_ratio else ""
-        parts[part].append(Item(paths[i], keys[i], number[names[i]] if names is not None else None))
-    if empty := [part for part, items in parts.items() if not items]:
-        raise ConfigError(
-            f"val_ratio={options.val_ratio} leaves no image of {len(paths)} for {empty[0]}; choose another"
-        )
-    return classes, parts
-
-
-def _tasks(listing: Listing, root: Path, items: list[Item], options: Options) -> list[Task]:
-    root.mkdir(parents=True)
-    starts = range(0, len(items), options.shard_size)
-    return [
-        Task(listing.folder, root / f"shard-{number:05d}.tar", items[start : start + options.shard_size])
-        for number, start in enumerate(starts)
-    ]
-
-
-def _report(out: Path, listing: Listing, options: Options, reused: bool) -> MakeReport:
-    roots = _roots(out, options)
+def _report(plan: Plan, ignored: dict[str, int], reused: bool, rate: float = 0.0) -> MakeReport:
+    roots = _roots(plan.out, plan.options)
     locks = [read_lock(root) for root in roots]
     counts = [sum(shard["count"] for shard in lock["shards"]) for lock in locks]
     return MakeReport(
@@ -214,6 +265,7 @@ def _report(out: Path, listing: Listing, options: Options, reused: bool) -> Make
         num_samples=counts[0],
         num_val_samples=sum(counts[1:]),
         left_out=[bad for lock in locks for bad in lock["left_out"]],
-        ignored=listing.ignored,
+        ignored=ignored,
         reused=reused,
+        images_per_second=rate,
     )

@@ -22,6 +22,7 @@ import numpy as np
 
 from mim.contracts import DataError
 from mim.data import tar
+from mim.data.decode import MAX_BYTES
 from mim.data.listing import IMAGE_ENDINGS
 from mim.data.shards import LABEL_MEMBER, index_dtype, key_hash, split_name
 from mim.data.tar import Member
@@ -137,11 +138,13 @@ def _group(
         reason = f"it is marked {BAD}"
     elif not images:
         reason = f"it has no image; its members are {', '.join(list(found)[:5])}"
-    elif found[images[0]].size >= 1 << 32:
-        reason = "its image has 4 GiB or more"
+    elif (size := found[images[0]].size) > MAX_BYTES:
+        reason = f"its image has {size} bytes; at most {MAX_BYTES} are decoded"
     elif labelled and label is None:
         image = found[images[0]]
         raise _ambiguous(location, image, f"sample {key!r} has no label (.{LABEL_MEMBER}); leave the labels out")
+    elif label is not None and abs(label.offset - found[images[0]].offset) + label.size > MAX_BYTES:
+        reason = f"its image and its label lie more than {MAX_BYTES} bytes apart"
     ending = "" if reason else images[0]
     return Group(key, ending, found[ending] if ending else None, label if ending else None, reason)
 

@@ -47,9 +47,16 @@ class Mixture:
         self.counts = np.concatenate([dataset.counts for dataset in datasets])
         named = [dataset.classes for dataset in datasets]
         self.classes = named[0] if all(classes == named[0] for classes in named) else None  # else labels say nothing
-        self.mean, self.std = pooled_statistics(datasets, self.shares)
-        self.channels = len(self.mean)
+        self.channels, self.dtype = common_pixels(datasets)
+        self.range = next(dataset.range for dataset in datasets if dataset.channels == self.channels)
+        self._pool_statistics()
         self._first = np.cumsum([0] + [len(dataset.counts) for dataset in datasets])  # shard of each source, and end
+        self.remote_shards = {
+            int(first) + number: shard
+            for first, dataset in zip(self._first, datasets, strict=False)
+            for number, shard in dataset.remote_shards.items()
+        }
+        self.cache = datasets[0].cache  # one for all: it is a setting of the machine
 
     def __len__(self) -> int:
         return int(self.counts.sum())
@@ -60,6 +67,35 @@ class Mixture:
         sample = self.datasets[source].read(int(shard - self._first[source]), row)
         label = sample.label if self.classes is not None else None
         return Sample(f"{self.datasets[source].path}/{sample.key}", sample.image, label)
+
+    def map_range(self, value_range: list[list[float]]) -> None:
+        """As `Dataset.map_range`, for all sources; a gray one beside colour takes the range of the first channel."""
+        for dataset in self.datasets:
+            dataset.map_range(value_range if dataset.channels == self.channels else value_range[:1])
+        self.range = value_range
+        self._pool_statistics()
+
+    def _pool_statistics(self) -> None:
+        """Statistics per channel, and of colour read as gray, of what the stream shows."""
+        per_channel = [
+            (np.broadcast_to(dataset.mean, self.channels), np.broadcast_to(dataset.std, self.channels))
+            for dataset in self.datasets
+        ]
+        mean, std = pooled(per_channel, self.shares)
+        self.mean, self.std = mean.tolist(), std.tolist()
+        grays = [
+            {"mean": dataset.mean[0], "std": dataset.std[0]} if dataset.channels == 1 else dataset.gray
+            for dataset in self.datasets
+        ]
+        known = [(np.array(gray["mean"]), np.array(gray["std"])) for gray in grays if gray is not None]
+        self.gray: dict[str, float] | None = None
+        if len(known) == len(grays):
+            gray_mean, gray_std = pooled(known, self.shares)
+            self.gray = {"mean": float(gray_mean), "std": float(gray_std)}
+
+    def longest_read(self) -> float:
+        """Seconds within which any read has succeeded or failed; 0 if all shards are local."""
+        return max(dataset.longest_read() for dataset in self.datasets)
 
     def describe(self, batch_size: int, total_steps: int) -> list[str]:
         """A start line per source: its share, and what an epoch is for it."""
@@ -124,6 +160,10 @@ class MixtureOrder:
     def epoch(self, position: int) -> int:
         """How many times the stream has passed as many slots as there are images before a position."""
         return position // (self.repeats * self.num_samples)
+
+    def every_rank_reads_all(self, world: int) -> bool:
+        """Whether each of several processes draws from all lanes: who owns a slot has nothing to do with its lane."""
+        return world > 1 and any(order.lanes > 1 for order in self.orders)
 
     def summary(self) -> str:
         """The order in a few words, for people."""
@@ -202,20 +242,26 @@ def rounded_shares(weights: Sequence[float]) -> list[int]:
     return shares.tolist()
 
 
-def pooled_statistics(datasets: Sequence[Dataset], shares: Sequence[int]) -> tuple[list[float], list[float]]:
-    """Pixel mean and deviation per channel of what the stream shows: sources count by their share.
-
-    A gray source beside a coloured one counts with its gray in every channel.
-    """
+def common_pixels(datasets: Sequence[Dataset]) -> tuple[int, str]:
+    """Channels and type of the pixels that all sources share; gray sources may stand beside coloured ones."""
     channels = max(dataset.channels for dataset in datasets)
     if strange := [d for d in datasets if d.channels not in (1, channels)]:
         raise ConfigError(
             f"data.sources: {strange[0].path} has {strange[0].channels} channels and another source has {channels}; "
             f"a mixture takes sources of equal channels, or gray ones beside them"
         )
-    weights = np.array(shares, dtype=np.float64)[:, None] / sum(shares)
-    means = np.stack([np.broadcast_to(dataset.mean, channels) for dataset in datasets])  # (sources, C)
-    variances = np.stack([np.broadcast_to(dataset.std, channels) for dataset in datasets]) ** 2
+    if strange := [d for d in datasets if d.dtype != datasets[0].dtype]:
+        raise ConfigError(
+            f"data.sources: {strange[0].path} holds {strange[0].dtype} and {datasets[0].path} {datasets[0].dtype}; "
+            f"a mixture takes sources of one type"
+        )
+    return channels, datasets[0].dtype
+
+
+def pooled(parts: Sequence[tuple[np.ndarray, np.ndarray]], shares: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Pixel mean and deviation of a mixture from those of its sources, which count by their share."""
+    means, deviations = (np.stack(values) for values in zip(*parts, strict=True))  # (sources, ...)
+    weights = np.array(shares, dtype=np.float64).reshape(-1, *[1] * (means.ndim - 1)) / sum(shares)
     mean = (weights * means).sum(0)
-    variance = (weights * (variances + means**2)).sum(0) - mean**2
-    return mean.round(6).tolist(), np.sqrt(np.maximum(variance, 0)).round(6).tolist()
+    variance = (weights * (deviations**2 + means**2)).sum(0) - mean**2
+    return mean.round(6), np.sqrt(np.maximum(variance, 0)).round(6)

@@ -19,6 +19,7 @@ Permutations sort raw Philox words: numpy guarantees the bit stream of a generat
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -155,6 +156,10 @@ class Order:
     def epoch(self, position: int) -> int:
         """How many times the stream has passed `num_samples` slots before a position."""
         return position // (self.repeats * self.num_samples)
+
+    def every_rank_reads_all(self, world: int) -> bool:
+        """Whether each of several processes draws from all lanes, so that locality is lost."""
+        return world > 1 and self.lanes > 1 and math.gcd(world, self.lanes) == 1
 
     def summary(self) -> str:
         """The order in a few words, for people."""

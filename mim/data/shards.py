@@ -1,12 +1,13 @@
 """The dataset folder: ordinary WebDataset tars, one index per tar, and a lock that says what they must be.
 
-    shard-00000.tar      samples `key.jpg` (jpg, png, webp, bmp, tif) and, when labelled, `key.cls` (an ASCII integer)
+    shard-00000.tar      samples `key.jpg` (png, webp, bmp, tif, npy) and, when labelled, `key.cls` (an ASCII integer)
     shard-00000.npy      structured array, a row per sample: hash of the key; offset, size and CRC32 of each member
     dataset.lock.json    format, ordered shards (file, size, sha256, count), schema, statistics, what was left out
 
 A shard may lie elsewhere: its entry then has a `url` (an absolute path or an URL), and only its index is in the folder.
 A shard of which only the headers were read says so (`"proof": "headers"`): it has no sha256, its CRC32 are 0, and
 `headers_sha256` takes the place of the hash.
+Remote shards are read through the cache of this machine (`mim.data.cache`); opening a dataset asks no server.
 
 `dataset_id` hashes only the ordered (sha256, size, count) and the schema: a dataset may move, and its statistics may
 be taken again, without becoming another one. Reading is one `pread` per sample, proven by the CRC32 of each member
@@ -19,7 +20,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,11 +28,18 @@ import numpy as np
 from mim.config import ConfigError
 from mim.contracts import DataError
 from mim.data import tar
+from mim.data.cache import RemoteShard, ShardCache
+from mim.data.checksum import crc32
+from mim.data.decode import MAX_BYTES
+from mim.data.formats import DTYPES
+from mim.data.location import check_storable, is_remote
 from mim.data.store import Store
 
 FORMAT = 1
 LOCK = "dataset.lock.json"
+QUARANTINE = "quarantine.json"  # by verify: samples whose bytes are right, and that the decoder refuses
 LABEL_MEMBER = "cls"
+MAX_SPAN = 2 * MAX_BYTES  # of one sample, header and padding included: what one read may take in memory
 MEMBER = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4")])
 
 
@@ -47,40 +54,84 @@ class Sample(NamedTuple):
 class Dataset:
     """A dataset folder opened for reading. Cheap to pickle, safe to fork: indices and files are opened on use."""
 
-    def __init__(self, path: Path, lock: dict[str, Any]):
+    def __init__(self, path: Path, lock: dict[str, Any], *, cache: ShardCache | None = None):
         self.path = path
         self.id: str = lock["dataset_id"]
         self.counts = np.array([shard["count"] for shard in lock["shards"]], dtype=np.int64)
         self.classes: list[str] | None = lock["schema"]["classes"]
-        self.mean: list[float] = lock["statistics"]["mean"]  # per channel, of pixels in [0, 1]
-        self.std: list[float] = lock["statistics"]["std"]
+        statistics = lock["statistics"]
+        self.mean: list[float] = statistics["mean"]  # per channel, of pixels in [0, 1]
+        self.std: list[float] = statistics["std"]
+        self.gray: dict[str, float] | None = statistics.get("gray")  # mean and std of colour read as gray
         self.channels = len(self.mean)  # 1 when every image is gray
+        self.dtype: str = statistics.get("dtype", "uint8")  # of decoded pixels
+        self.range: list[list[float]] = statistics.get("range") or [[0, DTYPES[self.dtype]]] * self.channels
         self._files: list[str] = [shard["file"] for shard in lock["shards"]]
         self._locations = [location(path, shard) for shard in lock["shards"]]
         self._sizes: list[int] = [shard["size"] for shard in lock["shards"]]
         self._proofs: list[str] = [shard.get("proof", "bytes") for shard in lock["shards"]]
         self._members = ["image", "label"] if self.classes is not None else ["image"]
         self._indices: dict[int, np.ndarray] = {}
-        self._store = Store()
+        found = [RemoteShard(location(path, shard), shard["size"], shard["sha256"]) for shard in lock["shards"]]
+        self.remote_shards = {i: shard for i, shard in enumerate(found) if is_remote(shard.url)}  # by their number
+        self.cache = cache or ShardCache()
+        self._store = Store(cache=self.cache, cached=self.remote_shards.values())
 
     @classmethod
-    def open(cls, path: str | Path) -> Dataset:
-        """Open a dataset folder; check that its shards are present in full length."""
+    def open(cls, path: str | Path, *, cache_dir: str | Path | None = None, cache_limit: int | None = None) -> Dataset:
+        """Open a dataset folder; check that its local shards are present in full length.
+
+        cache_dir, cache_limit (bytes): of remote shards, see `ShardCache`.
+        """
         path = Path(path)
         lock = read_lock(path)
         for shard in lock["shards"]:
+            if is_remote(location(path, shard)):
+                continue
             file = Path(location(path, shard))
             size = file.stat().st_size if file.is_file() else None
             if size != shard["size"]:
                 fact = "is missing" if size is None else f"has {size} bytes instead of {shard['size']}"
                 raise DataError(f"{file} {fact}; copy the dataset again")
-        return cls(path, lock)
+        return cls(path, lock, cache=ShardCache(cache_dir, limit=cache_limit))
 
     def __len__(self) -> int:
         return int(self.counts.sum())
 
+    def longest_read(self) -> float:
+        """Seconds within which any read has succeeded or failed, a wait for another process included; 0 if local."""
+        largest = max((shard.size for shard in self.remote_shards.values()), default=None)
+        return 0.0 if largest is None else 2 * self.cache.remote.patience.until(largest)
+
+    def map_range(self, value_range: list[list[float]]) -> None:
+        """Let other raw values, [low, high] per channel, become 0 and 1; the statistics follow.
+
+        What lies outside is clamped later, which the statistics do not know.
+        """
+        old, new = np.array(self.range, dtype=float), np.array(value_range, dtype=float)  # (C, 2)
+        scale = (old[:, 1] - old[:, 0]) / (new[:, 1] - new[:, 0])
+        shift = (old[:, 0] - new[:, 0]) / (new[:, 1] - new[:, 0])
+        self.mean = (np.array(self.mean) * scale + shift).tolist()
+        self.std = (np.array(self.std) * scale).tolist()
+        if self.gray is not None:  # unknown when channels are mapped differently
+            alike = len(set(zip(scale.tolist(), shift.tolist(), strict=True))) == 1
+            gray = {"mean": self.gray["mean"] * scale[0] + shift[0], "std": self.gray["std"] * scale[0]}
+            self.gray = gray if alike else None
+        self.range = value_range
+
     def read(self, shard: int, row: int) -> Sample:
-        """Read and verify one sample. Raises DataError on any difference from the index."""
+        """Read and verify one sample. Raises DataError on any difference from the index.
+
+        A damaged copy in the cache is fetched again, once.
+        """
+        try:
+            return self._read(shard, row)
+        except DataError:
+            if not self._store.recheck(self._locations[shard]):
+                raise
+            return self._read(shard, row)
+
+    def _read(self, shard: int, row: int) -> Sample:
         start, end = self.span(shard, row)
         return self.unpack(shard, row, self._store.pread(self._locations[shard], start, end - start))
 
@@ -89,8 +140,10 @@ class Dataset:
         members = self._record(shard, row)[1].values()
         start = min(offset for offset, _, _ in members) - tar.BLOCK
         end = max(offset + size for offset, size, _ in members)
-        if not 0 <= start <= end <= self._sizes[shard]:
-            raise DataError(f"{self._locations[shard]}, row {row}: the index leaves the shard; copy the dataset again")
+        if not (0 <= start <= end <= self._sizes[shard] and end - start <= MAX_SPAN):
+            raise DataError(
+                f"{self._locations[shard]}, row {row}: the index is wrong, it leaves the shard; copy the dataset again"
+            )
         return start, end
 
     def unpack(self, shard: int, row: int, data: bytes) -> Sample:
@@ -108,12 +161,25 @@ class Dataset:
                 header = data[offset - start - tar.BLOCK : offset - start]
                 if tar.parse(header, self._locations[shard], offset - tar.BLOCK)[0] != size:
                     raise DataError(f"{where}: the header of the {name} differs from the index; index the shard again")
-            elif zlib.crc32(content[name]) != crc:
+            elif crc32(content[name]) != crc:
                 raise DataError(
                     f"{where}: CRC32 of the {name} differs from the index; the shard is damaged, copy it again"
                 )
         label = self._label(content["label"], where) if "label" in content else None
         return Sample(f"{self._files[shard]}/{key}", content["image"], label)
+
+    def image_ending(self, shard: int, row: int) -> str:
+        """The ending of a sample's image member, as it is spelled."""
+        expected, members = self._record(shard, row)
+        start = members["image"][0] - tar.BLOCK
+        header = self._store.pread(self._locations[shard], start, tar.BLOCK)
+        return split_name(self._name(shard, start, header, expected))[1]
+
+    def locate(self, sample: int) -> tuple[int, int]:
+        """(shard, row) of a sample by its number in the order of the lock."""
+        ends = np.cumsum(self.counts)
+        shard = int(np.searchsorted(ends, sample, side="right"))
+        return shard, int(sample - (ends[shard] - self.counts[shard]))
 
     def _record(self, shard: int, row: int) -> tuple[int, dict[str, tuple[int, int, int]]]:
         """Hash of the key, and (offset, size, crc32) of each member."""
@@ -122,14 +188,16 @@ class Dataset:
 
     def _key(self, shard: int, start: int, data: bytes, expected: int) -> str:
         """The key in the header at `start`, or in the record before it, where long and non-ASCII names stand."""
-        key, _ = split_name(tar.name_of(data[: tar.BLOCK]))
-        if key_hash(key) == expected:
-            return key
+        return split_name(self._name(shard, start, data[: tar.BLOCK], expected))[0]
+
+    def _name(self, shard: int, start: int, header: bytes, expected: int) -> str:
+        """The name of the member whose header is at `start`."""
+        name = tar.name_of(header)
+        if key_hash(split_name(name)[0]) == expected:
+            return name
         before = max(0, start - tar.MAX_EXTENSION - tar.BLOCK)
-        name = (
-            tar.long_name_before(self._store.pread(self._locations[shard], before, start - before)) if start else None
-        )
-        return split_name(name)[0] if name is not None else key
+        record = self._store.pread(self._locations[shard], before, start - before) if start else b""
+        return tar.long_name_before(record) or name
 
     def _label(self, raw: bytes, where: str) -> int:
         assert self.classes is not None
@@ -159,8 +227,10 @@ class Dataset:
 
 
 def location(path: Path, shard: dict[str, Any]) -> str:
-    """Where the bytes of a shard of the lock lie."""
-    return shard.get("url") or f"{path}/{shard['file']}"
+    """Where the bytes of a shard of the lock lie. A local path is written so that it cannot look like an URL."""
+    if shard.get("url"):
+        return shard["url"]
+    return f"{path}/{shard['file']}" if path.is_absolute() else f"./{path}/{shard['file']}"
 
 
 def is_dataset(path: str | Path) -> bool:
@@ -180,12 +250,16 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "num_shards": len(shards),
         "num_bytes": sum(shard["size"] for shard in shards),
         "num_left_out": sum(entry.get("count", 1) for entry in lock["left_out"]),
+        "proof": sorted({shard.get("proof", "bytes") for shard in shards}),
         "members": schema["members"],
         "classes": dict(zip(classes, statistics["class_counts"], strict=True)) if classes is not None else None,
         "height": statistics["height"],
         "width": statistics["width"],
         "mean": statistics["mean"],
         "std": statistics["std"],
+        "num_measured": statistics.get("num_measured", sum(shard["count"] for shard in shards)),
+        "dtype": statistics.get("dtype", "uint8"),
+        "range": statistics.get("range"),
     }
 
 
@@ -209,17 +283,26 @@ def read_lock(path: Path) -> dict[str, Any]:
         raise DataError(f"{file} was changed: its dataset_id is not that of its shards; copy or make the dataset again")
     if strange := [shard["file"] for shard in lock["shards"] if Path(shard["file"]).name != shard["file"]]:
         raise DataError(f"{file} names {strange[0]!r}, which is not a file of its own folder")
+    _check_locations(file, lock)
     return lock
 
 
 def write_lock(path: Path, lock: dict[str, Any]) -> None:
     """Write the lock under a temporary name, then rename: a dataset folder has a whole lock or none."""
+    _check_locations(path / LOCK, lock)
     temporary = path / f"{LOCK}.tmp"
     with temporary.open("w", encoding="ascii") as file:
         file.write(json.dumps(lock, indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path / LOCK)
+
+
+def _check_locations(file: Path, lock: dict[str, Any]) -> None:
+    """Refuse locations that are no shard's, and credentials: a lock is copied and shown. Raises ConfigError."""
+    for shard in lock["shards"]:
+        if shard.get("url"):
+            check_storable(shard["url"], str(file))
 
 
 def dataset_id(shards: list[dict[str, Any]], schema: dict[str, Any]) -> str:

@@ -37,6 +37,8 @@ class Located(Protocol):
 
     def find(self, samples: np.ndarray, epoch: int = 0) -> np.ndarray: ...
 
+    def every_rank_reads_all(self, world: int) -> bool: ...
+
     def summary(self) -> str: ...
 
 
@@ -57,6 +59,7 @@ class Mixing:
     distance: float | None  # median distance of stored neighbours in the stream, in batches; None: no shard has two
     together: float  # share of stored neighbours that come in one batch
     sorted_by: str | None  # "class" or "folder": what the samples of a shard have in common
+    all_shards: bool  # each of several processes reads all of them, although the order has lanes
 
     @property
     def poor(self) -> bool:
@@ -64,13 +67,15 @@ class Mixing:
         return self.sorted_by is not None and self.shards_per_batch < POOR * self.full_shuffle
 
     def lines(self) -> list[str]:
-        """One start line, and a second one when something is to be done."""
+        """One start line, and others when something is to be done."""
         line = f"order: {self.summary}; a batch draws from {self.shards_per_batch:.1f} of {self.num_shards} shards"
         if self.distance is not None:
             line += (
                 f"; neighbours in a shard come {self.distance:.1f} batches apart (median), "
                 f"{100 * self.together:.2g} % in the same batch"
             )
+        if self.all_shards:
+            line += "; every process reads all shards"
         if not self.poor:
             return [line]
         return [
@@ -81,7 +86,7 @@ class Mixing:
         ]
 
 
-def report(order: Located, dataset: Readable, *, batch_size: int) -> Mixing:
+def report(order: Located, dataset: Readable, *, batch_size: int, world: int = 1) -> Mixing:
     """Measure an order over a dataset; reads at most 32 samples."""
     counts, slots = order.counts, max(batch_size // order.repeats, 1)
     spread = np.linspace(0, max(order.num_samples - slots, 0), BATCHES).astype(np.int64)
@@ -97,6 +102,7 @@ def report(order: Located, dataset: Readable, *, batch_size: int) -> Mixing:
         distance=float(np.median(apart)) / slots if len(pairs) else None,
         together=float(np.mean(apart < slots)) if len(pairs) else 0.0,
         sorted_by=_sorted_by(dataset, counts, _first_shards(order, slots)),
+        all_shards=order.every_rank_reads_all(world),
     )
 
 

@@ -1,7 +1,9 @@
-"""Where the bytes of a shard come from: positioned reads of local files.
+"""Where the bytes of a shard come from: positioned reads of local files and of remote objects.
 
-`pread` moves no file offset, so a descriptor may be inherited by a forked worker and read from both sides. A pickled
-store arrives empty and opens its own descriptors.
+A location is a local path or an URL of `mim.data.location.SCHEMES`. Local files are read in place, remote objects by
+range, unless they are shards for which a cache was given: those are downloaded whole, once per node. Local `pread`
+moves no file offset, so a descriptor may be inherited by a forked worker and read from both sides. A pickled store
+arrives empty and opens its own descriptors and connections.
 """
 
 from __future__ import annotations
@@ -9,39 +11,73 @@ from __future__ import annotations
 import os
 import stat
 from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any
 
 from mim.contracts import DataError, StorageError
+from mim.data.cache import RemoteShard, ShardCache
+from mim.data.location import is_remote
+from mim.data.remote import Remote
+from mim.data.wire import Patience
 
 
 class Store:
     """Positioned reads with a bounded number of open files. One per process; not shared between threads."""
 
-    def __init__(self, max_open: int = 128):  # well below the usual limit of 1024 descriptors per process
+    def __init__(
+        self,
+        max_open: int = 128,  # well below the usual limit of 1024 descriptors per process
+        patience: Patience | None = None,
+        *,
+        cache: ShardCache | None = None,
+        cached: Iterable[RemoteShard] = (),  # what is read through `cache`
+    ):
         self.max_open = max_open
+        self.remote = Remote(patience)
+        self.cache = cache
+        self.cached = {shard.url: shard for shard in cached}
         self._descriptors: OrderedDict[str, int] = OrderedDict()  # least recently used first
 
-    def pread(self, path: str, offset: int, size: int) -> bytes:
-        """Return exactly `size` bytes from `offset`. A short file is DataError, a failing disk StorageError."""
+    def pread(self, location: str, offset: int, size: int) -> bytes:
+        """Return exactly `size` bytes from `offset`.
+
+        Raises DataError when the file is shorter or (remote) was overwritten, StorageError when a disk or a server
+        fails until the deadline, ConfigError for a location that is refused.
+        """
+        if self.cache is not None and location in self.cached:
+            return self.cache.pread(self.cached[location], offset, size)
+        if location not in self._descriptors and is_remote(location):
+            return self.remote.pread(location, offset, size)
         try:
-            data = os.pread(self._descriptor(path), size, offset)
+            data = os.pread(self._descriptor(location), size, offset)
         except OSError as error:
-            raise StorageError(f"cannot read {path}: {error.strerror}") from error
+            raise StorageError(f"cannot read {location}: {error.strerror}") from error
         if len(data) < size:
-            raise DataError(f"{path} ends at byte {offset + len(data)}, {size - len(data)} bytes short; copy it again")
+            short = size - len(data)
+            raise DataError(f"{location} ends at byte {offset + len(data)}, {short} bytes short; copy it again")
         return data
 
-    def size(self, path: str) -> int:
-        """Return the length of a file in bytes. What is no regular file is DataError, a failing disk StorageError."""
+    def size(self, location: str) -> int:
+        """Length of a file or object in bytes. Raises as `pread`; what is no regular file is DataError."""
+        if is_remote(location):
+            return self.remote.identify(location).size
         try:
-            found = os.stat(path)
+            found = os.stat(location)
         except OSError as error:
-            raise StorageError(f"cannot read {path}: {error.strerror}") from error
+            raise StorageError(f"cannot read {location}: {error.strerror}") from error
         if not stat.S_ISREG(found.st_mode):
-            raise DataError(f"{path} is not a regular file")
+            raise DataError(f"{location} is not a regular file")
         return found.st_size
 
+    def recheck(self, location: str) -> bool:
+        """Look again at a shard whose bytes contradict its index; say whether another read may give others."""
+        return self.cache is not None and location in self.cached and self.cache.recheck(self.cached[location])
+
     def close(self) -> None:
-        """Close all descriptors; the next read opens them again."""
+        """Close all descriptors and connections; the next read opens them again."""
+        self.remote.close()
+        if self.cache is not None:
+            self.cache.close()
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
@@ -57,8 +93,5 @@ class Store:
     def __del__(self) -> None:
         self.close()
 
-    def __getstate__(self) -> dict[str, int]:
-        return {"max_open": self.max_open}
-
-    def __setstate__(self, state: dict[str, int]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_descriptors": OrderedDict()}

@@ -2,14 +2,14 @@
 
 A map-style dataset indexed by micro-batches, in a DataLoader that keeps their order: the number of workers cannot
 change a batch. Every draw of a row is named by (purpose, seed, epoch, sample, draw), so neither can ranks,
-micro-batches or the position from which a run resumes. Images leave as uint8 and are normalised on the device: a
+micro-batches or the position from which a run resumes. A sample that cannot be decoded is replaced by one that the
+order names, and told in the batch. Images leave as uint8 and are normalised on the device: a
 quarter of the transport.
 """
 
 from __future__ import annotations
 
 import functools
-import signal
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Union
@@ -21,14 +21,20 @@ from torch.utils import data as torch_data
 
 from mim.config import ConfigError
 from mim.contracts import Batch, DataError
-from mim.data.augment import Sizes
-from mim.data.decode import BadImage, decode
+from mim.data.augment import Image, Sizes
+from mim.data.decode import BadImage, Encoded, open_image
+from mim.data.formats import DTYPES
+from mim.data.jitter import jitter_
 from mim.data.mixture import AnyDataset, AnyOrder, bad_samples
 from mim.data.order import MicroBatch, Place, Plan, Slots, key64, permutation, rng
+from mim.data.prefetch import Prefetcher
 from mim.data.quarantine import Bad
+from mim.data.shards import Sample
+from mim.data.signals import stay_until_told
+from mim.data.stages import Clock
 from mim.log import say
 
-View = Callable[[Tensor, np.random.Generator, Sizes], list[Tensor]]
+View = Callable[[Image, np.random.Generator, Sizes], list[Tensor]]
 Mask = Callable[[np.random.Generator], "np.ndarray | Tensor"]  # -> (N,) bool
 Substitute = Callable[[int, int], Place]  # (row of the batch, attempt) -> the sample that takes its place
 
@@ -57,12 +63,14 @@ class Config:
     labels_from_folders: bool = False  # the first folder below `path` is the class
     val_ratio: float = 0.0  # share of the images held out when `path` is a folder of images
     image_size: Union[int, list[int]] = 224  # noqa: UP007  pixels, or [h, w]; OmegaConf reads Union, not |
-    channels: int = 3  # 1 or 3; the decoder converts
+    channels: int = 3  # any number; 1 and 3 are converted into each other
+    range: list[Any] | None = None  # raw [low, high] that become 0 and 1, or one pair per channel; null: the dataset's
+    jitter: float = 0.0  # of brightness, contrast and saturation in training, on the device (BEiT: 0.4)
     view: dict[str, Any] = field(default_factory=lambda: {"name": "crop"})  # function of mim/data/augment.py
     eval_view: dict[str, Any] = field(default_factory=lambda: {"name": "center"})  # the same, for evaluation
     seed: int = 0  # of order, crops and masks; also of the held-out split
-    lanes: int | None = None  # L of mim/data/order.py; default 1 below 10^7 samples, else 64
-    window: int | None = None  # W, samples; default all below 10^7 samples, else 2048
+    lanes: int | None = None  # L of mim/data/order.py, of each source; default 1 below 10^7 samples, else 64
+    window: int | None = None  # W, samples, of each source; default all below 10^7 samples, else 2048
     repeats: int = 1  # draws of a sample in a row, decoded once (repeated augmentation, arXiv 1901.09335)
     bad_budget: float = 1e-4  # share of the samples that may be undecodable (at least 10) before the run stops
 
@@ -71,6 +79,10 @@ class Config:
             raise ConfigError("data.path is missing; set it in the recipe or as data.path=...")
         if self.path is not None and self.sources:
             raise ConfigError("data.path and data.sources are both given; give one, and set the other to null")
+        if self.sources and self.val_ratio:
+            raise ConfigError("data.val_ratio holds out images of data.path; beside data.sources give data.val_path")
+        if not 0 <= self.bad_budget <= 1:
+            raise ConfigError(f"data.bad_budget={self.bad_budget:g} must lie between 0 and 1: a share of the samples")
 
 
 @dataclass(frozen=True)
@@ -83,6 +95,7 @@ class Renderer:
     mask: Mask | None
     channels: int
     seed: int
+    jitter: float = 0.0  # strength; 0 leaves colours alone
     known: Mapping[int, Bad] = field(default_factory=dict)  # bad samples by their index: not decoded again
 
     def __post_init__(self) -> None:
@@ -97,8 +110,11 @@ class Renderer:
         batch: Batch = {"keys": [], "samples": [], "bad": []}
         for name, (h, w) in zip(VIEWS, self.sizes):  # noqa: B905  the second size is optional
             # Rows are (H, W, C) in memory, as the decoder leaves them: transposing would cost more than copying.
-            rows = torch.empty((size, h, w, self.channels), dtype=torch.uint8)
+            rows = torch.empty((size, h, w, self.channels), dtype=getattr(torch, self.dataset.dtype))
             batch[name] = rows.permute(0, 3, 1, 2)  # (B, C, H, W)
+        batch["range"] = value_range(self.dataset, self.channels)
+        if self.jitter:
+            batch["jitter"] = self.jitter
         batch["weight"] = (torch.arange(size) < num_real).float()
         batch["noise"] = torch.empty(size, dtype=torch.int64)
         if self.dataset.classes is not None:
@@ -116,23 +132,31 @@ class Renderer:
 
         Draws are named by the slot's own sample, whether it or a substitute is shown.
         """
-        masks: list[Tensor] = []
+        clock, masks = Clock(), list[Tensor]()
         shown, loaded = None, None  # `repeats` draws of a sample follow each other: decode once
+        following = [*slots.sample[1:].tolist(), None]
         for row, (epoch, shard, index, number, draw) in enumerate(zip(*(a.tolist() for a in slots), strict=True)):
+            name = (self.seed, epoch, number, draw)
             if loaded != (epoch, number):
                 attempts = functools.partial(substitute, row) if substitute is not None else None
-                shown, loaded = self._load(Place(shard, index, number), attempts, batch["bad"]), (epoch, number)
-            assert shown is not None
-            name = (self.seed, epoch, number, draw)
-            for field_, view in zip(VIEWS, self.view(shown.image, rng("view", *name), self.sizes)):  # noqa: B905
-                batch[field_][row] = view
+                place, several = Place(shard, index, number), following[row] == number
+                shown, views = self._load(place, name, attempts, batch["bad"], clock, several=several)
+                loaded = epoch, number
+            else:
+                assert shown is not None
+                views = self.view(shown.image, rng("view", *name), self.sizes)
             if self.mask is not None:
                 masks.append(torch.as_tensor(self.mask(rng("mask", *name)), dtype=torch.bool))
+            clock.done("augment")
+            for field_, view in zip(VIEWS, views):  # noqa: B905
+                batch[field_][row] = view
             batch["noise"][row] = key64("noise", *name)
             if shown.label is not None:
                 batch["labels"][row] = shown.label
             batch["keys"].append(shown.key)
             batch["samples"].append(shown.number)
+            clock.done("collate")
+        batch["seconds"] = clock.seconds
         if masks:
             counts = {int(mask.sum()) for mask in masks}
             if len(counts) > 1:
@@ -141,8 +165,17 @@ class Renderer:
             batch["mask"] = torch.empty((len(batch["weight"]), len(masks[0])), dtype=torch.bool)  # (B, N)
             batch["mask"][: len(masks)] = torch.stack(masks)
 
-    def _load(self, place: Place, substitute: Callable[[int], Place] | None, met: list[dict[str, Any]]) -> Shown:
-        """Read and decode the sample of a slot or, when it is bad, the first of its substitutes that is not.
+    def _load(
+        self,
+        place: Place,
+        name: tuple[int, ...],
+        substitute: Callable[[int], Place] | None,
+        met: list[dict[str, Any]],
+        clock: Clock,
+        *,
+        several: bool,  # further draws of it follow
+    ) -> tuple[Shown, list[Tensor]]:
+        """Read, decode and view the sample of a slot or, when it is bad, the first of its substitutes that is not.
 
         The bad ones are added to `met`: sample, key, reason, substitute. Raises DataError when none can be decoded.
         """
@@ -158,25 +191,34 @@ class Renderer:
                 refused[place.sample] = self.known[place.sample]
                 continue
             sample = self.dataset.read(place.shard, place.row)
+            clock.done("read")
             try:
-                image = decode(sample.image, self.channels)
+                image = self._open(sample, several=several)
+                clock.done("decode")
+                views = self.view(image, rng("view", *name), self.sizes)
             except BadImage as error:
+                clock.done("decode")
                 refused[place.sample] = Bad(sample.key, str(error))
                 continue
             met += [{"sample": number, **bad._asdict(), "substitute": sample.key} for number, bad in refused.items()]
-            return Shown(image, sample.label, sample.key, place.sample)
+            return Shown(image, sample.label, sample.key, place.sample), views
         first = next(iter(refused.values()))
         others = f", and neither can {ATTEMPTS} substitutes of its window" if substitute is not None else ""
         raise DataError(
-            f"{first.key} cannot be decoded ({first.reason}){others}; run `mim shards verify --decode "
-            f"{self.dataset.path}`, which names all such images, or make the shards again without them"
+            f"{first.key} cannot be decoded ({first.reason}){others}; run `mim shards verify --decode` on its "
+            f"dataset, which names all such images, or make the shards again without them"
         )
+
+    def _open(self, sample: Sample, *, several: bool) -> Image:
+        """The image of a sample, decoded whole when several draws of it follow."""
+        image = open_image(sample.image, self.channels, self.dataset.dtype)
+        return image.whole() if several and isinstance(image, Encoded) else image
 
 
 class Shown(NamedTuple):
     """What a row shows."""
 
-    image: Tensor  # uint8 (C, H, W)
+    image: Image
     label: int | None
     key: str
     number: int  # index over the whole dataset
@@ -219,7 +261,7 @@ class Evaluation(torch_data.Dataset[Batch]):
         epoch = np.full_like(samples, EVALUATION)
         slots = Slots(epoch, shard, row, samples, np.zeros_like(samples))
         batch = self.renderer.render(slots, len(samples), len(samples))
-        del batch["samples"], batch["bad"]
+        del batch["samples"], batch["bad"], batch["seconds"]
         return batch
 
 
@@ -231,6 +273,7 @@ def loader(
     sizes: Sizes,
     mask: Mask | None = None,
     channels: int = 3,
+    jitter: float = 0.0,
     batch_size: int,  # global
     rank: int = 0,
     world: int = 1,
@@ -244,8 +287,11 @@ def loader(
 ) -> torch_data.DataLoader[Batch]:
     """Return the micro-batches of one rank: `num_steps * micro_batches` of them, in order."""
     plan = Plan(order.repeats, batch_size, rank, world, micro_batches, position, num_steps)
-    stream = Stream(order, Renderer(dataset, view, sizes, mask, channels, order.seed, known or {}))
-    return _in_order(stream, plan, workers, pin_memory, timeout)
+    stream = Stream(order, Renderer(dataset, view, sizes, mask, channels, order.seed, jitter, known or {}))
+    indices: Iterable[MicroBatch] = plan
+    if remote := dataset.remote_shards:
+        indices = Prefetcher(plan, order, shards=remote, cache=dataset.cache)
+    return _in_order(stream, indices, workers, pin_memory, timeout and max(timeout, dataset.longest_read()))
 
 
 def evaluate(
@@ -276,16 +322,43 @@ def evaluate(
         samples = samples[~bad]
     chunks = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
     evaluation = Evaluation(Renderer(dataset, view, sizes, mask, channels, seed))
-    return _in_order(evaluation, chunks, workers, pin_memory, timeout)
+    return _in_order(evaluation, chunks, workers, pin_memory, timeout and max(timeout, dataset.longest_read()))
+
+
+def value_range(dataset: AnyDataset, channels: int) -> list[list[float]]:
+    """Raw values (low, high) that become 0 and 1, per channel as it is read."""
+    if channels == len(dataset.range):
+        return dataset.range
+    if any(pair != dataset.range[0] for pair in dataset.range):
+        raise ConfigError(
+            f"data.range differs by channel, but data.channels={channels} mixes them; give one [low, high]"
+        )
+    return [dataset.range[0]] * channels
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Move a batch to the device, where its images become float32 in [0, 1]."""
-    moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    for name in VIEWS:
-        if name in moved:
-            moved[name] = moved[name].to(memory_format=torch.contiguous_format, dtype=torch.float32) / 255
+    """Move a batch to the device, where its images become float32 in [0, 1].
+
+    `range` maps them and `jitter` changes their colours; both are used up.
+    """
+    moved: Batch = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    limits, strength = moved.pop("range"), moved.pop("jitter", 0.0)
+    names = [name for name in VIEWS if name in moved]
+    views = [_unit(moved[name], limits) for name in names]
+    if strength:
+        jitter_(views, moved["noise"], strength)
+    moved.update(zip(names, views, strict=True))
     return moved
+
+
+def _unit(raw: Tensor, limits: list[list[float]]) -> Tensor:
+    """Raw pixels (B, C, H, W) -> float32 in [0, 1]; what lies outside the limits is clamped."""
+    pixels = raw.to(memory_format=torch.contiguous_format, dtype=torch.float32)
+    white = DTYPES[str(raw.dtype).removeprefix("torch.")]
+    if not raw.is_floating_point() and all(list(pair) == [0, white] for pair in limits):
+        return pixels / white
+    low, high = torch.tensor(limits, device=raw.device).T[:, :, None, None]  # (C, 1, 1) each
+    return ((pixels - low) / (high - low)).clamp_(0, 1)
 
 
 def _in_order(
@@ -300,14 +373,6 @@ def _in_order(
         prefetch_factor=PREFETCH if workers else None,
         pin_memory=pin_memory,
         timeout=timeout if workers else 0,
-        worker_init_fn=ignore_ctrl_c,
+        worker_init_fn=stay_until_told,
         generator=torch.Generator(),  # its own: starting an epoch must not advance the model's random state
     )
-
-
-def ignore_ctrl_c(_worker: int) -> None:
-    """Let a worker go on after Ctrl-C, which a terminal sends to it too: the main process needs it until it has saved.
-
-    SIGTERM needs no care: torch gives workers a handler of their own, which ends them at once.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

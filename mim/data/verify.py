@@ -18,7 +18,7 @@ import os
 import time
 import zlib
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,15 @@ from tqdm import tqdm
 
 from mim.contracts import DataError, StorageError
 from mim.data import duplicates, tar
-from mim.data.decode import FORMATS, BadImage, decode, read_header
+from mim.data.decode import FORMATS, BadImage
 from mim.data.parts import WHOLE, Part, read_parts, remove_parts
-from mim.data.shards import Dataset, read_lock
+from mim.data.shards import QUARANTINE, Dataset, read_lock
 from mim.data.store import Store
-from mim.data.write import Written, _statistics
+from mim.data.workers import pool
+from mim.data.write import Written, read_pixels, statistics_of
 from mim.log import write_json
 
-QUARANTINE = "quarantine"  # .json
+STEM = QUARANTINE.removesuffix(".json")  # of the files that parts leave
 QUARANTINE_FORMAT = 1
 SHOWN = 10  # findings of a kind in the text for people; JSON has them all
 BITS = {"1": 1, "I;16": 16, "I;16L": 16, "I;16B": 16, "I;16N": 16, "I": 32, "F": 32}  # other modes: 8
@@ -130,7 +131,7 @@ def verify(
     dataset = Dataset(path, lock)  # not `open`: what that refuses is reported here, for all shards
     shards = (part or WHOLE).take(list(range(len(lock["shards"]))))
     began = time.monotonic()
-    checked = _check_all(dataset, lock, shards, decode, workers or len(os.sched_getaffinity(0)))
+    checked = _check_all(dataset, lock, shards, decode, workers)
     seconds = time.monotonic() - began
     findings = [finding for one in checked for finding in one.findings]
     twice, same_keys = duplicates.keys(dataset, shards)
@@ -158,7 +159,7 @@ def verify(
 
 def join_quarantines(path: Path) -> int | None:
     """Make one quarantine of those of all parts; return how many samples it holds, None when there are no parts."""
-    parts = read_parts(path, QUARANTINE)
+    parts = read_parts(path, STEM)
     if not parts:
         return None
     dataset_id = read_lock(path)["dataset_id"]
@@ -166,23 +167,23 @@ def join_quarantines(path: Path) -> int | None:
         raise DataError(f"{path} holds quarantines of another dataset; verify it again")
     joined = [sample for one in parts for sample in one["samples"]]
     joined.sort(key=lambda sample: (sample["shard"], sample["row"]))
-    write_json(path / f"{QUARANTINE}.json", {"format": QUARANTINE_FORMAT, "dataset_id": dataset_id, "samples": joined})
-    remove_parts(path, QUARANTINE)
+    write_json(path / QUARANTINE, {"format": QUARANTINE_FORMAT, "dataset_id": dataset_id, "samples": joined})
+    remove_parts(path, STEM)
     return len(joined)
 
 
 def _check_all(
-    dataset: Dataset, lock: dict[str, Any], shards: list[int], decode_images: bool, workers: int
+    dataset: Dataset, lock: dict[str, Any], shards: list[int], decode_images: bool, workers: int | None
 ) -> list[Checked]:
     total = sum(lock["shards"][shard]["count"] for shard in shards)
     with (
         tqdm(total=total, desc="verify", unit=" images", disable=None) as bar,
-        ProcessPoolExecutor(max(1, min(workers, len(shards)))) as pool,
+        pool(workers, len(shards)) as processes,
     ):
-        futures = {pool.submit(check_shard, dataset, lock["shards"][s], s, decode_images): s for s in shards}
+        futures = {processes.submit(check_shard, dataset, lock["shards"][s], s, decode_images): s for s in shards}
         for future in as_completed(futures):
             if error := future.exception():
-                pool.shutdown(cancel_futures=True)
+                processes.shutdown(cancel_futures=True)
                 raise error
             bar.update(lock["shards"][futures[future]]["count"])
     return [future.result() for future in futures]
@@ -248,8 +249,7 @@ def _hash_differs(location: str, entry: dict[str, Any], sha256: str) -> str:
 def _decode(checked: Checked, entry: dict[str, Any], row: int, sample: Any) -> None:
     """Decode one image for its verdict, its mode and the statistics."""
     try:
-        header = read_header(sample.image)
-        pixels = decode(sample.image, header.channels)
+        header, pixels = read_pixels(sample.image)
     except BadImage as error:
         proven = entry.get("proof", "bytes") == "bytes"
         reason = str(error) if proven else f"{error}; its bytes are not proven (index the shard without --headers-only)"
@@ -272,7 +272,7 @@ def mode_of(data: bytes, pixels: Tensor) -> str:
 def _decoded(checked: list[Checked]) -> dict[str, Any]:
     modes = sum((one.modes for one in checked), Counter[str]())
     written = [one.written for one in checked if one.written.count]
-    statistics = _statistics(written, None) if written else {}
+    statistics = statistics_of(written, None) if written else {}
     return {"modes": dict(modes.most_common()), **{k: v for k, v in statistics.items() if v is not None}}
 
 
@@ -287,7 +287,7 @@ def _quarantine(path: Path, dataset_id: str, findings: list[Finding], part: Part
     content: dict[str, Any] = {"format": QUARANTINE_FORMAT, "dataset_id": dataset_id, "samples": samples}
     if part is not None:
         content["source"] = dataset_id
-    file = path / (part.file(QUARANTINE) if part is not None else f"{QUARANTINE}.json")
+    file = path / (part.file(STEM) if part is not None else QUARANTINE)
     try:
         write_json(file, content)
     except OSError as error:

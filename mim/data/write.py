@@ -1,11 +1,16 @@
-"""Shards from lists of images: parallel tar writing, the statistics of the pixels, and the lock at the end."""
+"""Shards from lists of images: parallel tar writing, the statistics of the pixels, and the lock at the end.
+
+A shard is written under a temporary name and renamed when it is whole; then its facts are written beside it. A process
+that was killed finds them and keeps what is finished.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterator
+from concurrent.futures import as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,14 +23,22 @@ from webdataset import TarWriter
 
 from mim import __version__
 from mim.contracts import DataError
+from mim.data import facts
 from mim.data.decode import BadImage, Header, decode, read_header
-from mim.data.members import build_index
+from mim.data.members import build_index, save_index
 from mim.data.shards import FORMAT, LABEL_MEMBER, dataset_id, write_lock
+from mim.data.shrink import shrunk
+from mim.data.sources import Reader
+from mim.data.statistics import Moments, Statistics
+from mim.data.workers import pool
 
 
 class Item(NamedTuple):
-    path: str  # relative to the folder
+    """An image to write."""
+
+    name: str  # for people
     key: str
+    place: Any  # what the reader takes
     label: int | None
 
 
@@ -33,9 +46,12 @@ class Item(NamedTuple):
 class Task:
     """One shard to write."""
 
-    folder: Path
+    reader: Reader
     target: Path
+    moved: Path  # where it lies when a killed process had begun to move finished shards out
     items: list[Item]
+    short: int | None  # pixels: images are shrunk to this short side; None keeps them as they are
+    quality: int  # of the JPEGs that this makes
 
 
 @dataclass
@@ -47,37 +63,42 @@ class Written:
     sha256: str = ""
     count: int = 0
     endings: set[str] = field(default_factory=set)
-    colour: bool = False
-    levels: np.ndarray = field(default_factory=lambda: np.zeros((3, 256), dtype=np.int64))  # histogram per channel
+    pixels: Statistics = field(default_factory=Statistics)
     heights_widths: list[tuple[int, int]] = field(default_factory=list)
     labels: Counter[int] = field(default_factory=Counter)
     left_out: list[dict[str, str]] = field(default_factory=list)
 
     def add(self, header: Header, pixels: Tensor, label: int | None) -> None:
-        channels = pixels.numpy()  # (C, H, W)
-        histograms = [np.bincount(channel.ravel(), minlength=256) for channel in channels]
-        self.levels += np.stack(histograms)  # gray counts in all three
-        self.colour |= header.channels == 3
+        self.pixels.add(pixels.numpy())  # (C, H, W)
         self.endings.add(header.ending)
-        self.heights_widths.append(channels.shape[1:])
+        self.heights_widths.append((pixels.shape[1], pixels.shape[2]))
         self.count += 1
         if label is not None:
             self.labels[label] += 1
 
 
-def write_shards(tasks: list[Task], workers: int, budget: int) -> list[Written]:
+def read_pixels(data: bytes) -> tuple[Header, Tensor]:
+    """Header and all pixels of an encoded image. Raises BadImage."""
+    header = read_header(data)
+    return header, decode(data, header.channels, header.dtype)
+
+
+def write_shards(tasks: list[Task], workers: int | None, budget: int) -> list[Written]:
     """Write all shards in parallel processes; stop as soon as more than `budget` images cannot be decoded."""
     left_out: list[dict[str, str]] = []
     with (
         tqdm(total=sum(len(task.items) for task in tasks), desc="shards", unit=" images", disable=None) as bar,
-        ProcessPoolExecutor(min(workers, len(tasks))) as pool,
+        pool(workers, len(tasks)) as processes,
     ):
-        futures = {pool.submit(_write_shard, task): task for task in tasks}
+        futures = {processes.submit(_write_shard, task): task for task in tasks}
         for future in as_completed(futures):
+            if error := future.exception():
+                processes.shutdown(cancel_futures=True)
+                raise error
             left_out += future.result().left_out
             bar.update(len(futures[future].items))
             if len(left_out) > budget:
-                pool.shutdown(cancel_futures=True)
+                processes.shutdown(cancel_futures=True)
                 shown = "; ".join(f"{bad['file']}: {bad['reason']}" for bad in left_out[:3])
                 raise DataError(
                     f"more than {budget} images cannot be decoded ({shown}); remove them or raise max_left_out"
@@ -86,41 +107,100 @@ def write_shards(tasks: list[Task], workers: int, budget: int) -> list[Written]:
 
 
 def _write_shard(task: Task) -> Written:
-    """Write one tar and its index, leaving out what cannot be decoded."""
+    """Write one tar, its index and its facts, leaving out what cannot be decoded; keep them if they are there."""
+    if (finished := _finished(task)) is not None:
+        return finished
     written = Written(task.target.name)
-    with task.target.open("wb") as file:
-        with TarWriter(file, encoder=False, mtime=0) as writer:
-            for item in task.items:
-                try:
-                    data = (task.folder / item.path).read_bytes()
-                    header = read_header(data)
-                    pixels = decode(data, header.channels)
-                except (BadImage, FileNotFoundError) as error:
-                    reason = str(error) if isinstance(error, BadImage) else "the link leads nowhere"
-                    written.left_out.append({"file": item.path, "reason": reason})
-                    continue
-                label = {} if item.label is None else {LABEL_MEMBER: str(item.label).encode()}
-                writer.write({"__key__": item.key, header.ending: data, **label})
-                written.add(header, pixels, item.label)
-        file.flush()
-        os.fsync(file.fileno())
-    if written.count == 0:
-        task.target.unlink()
-        return written
     labelled = task.items[0].label is not None
-    with task.target.with_suffix(".npy").open("wb") as file:
-        np.save(file, build_index(str(task.target), labelled=labelled), allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-    with task.target.open("rb") as file:
-        written.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    written.size = task.target.stat().st_size
+    written.size, written.sha256 = store_shard(task.target, _samples(task, written), labelled=labelled)
+    facts.save(facts_file(task.target), written)
     return written
 
 
-def finish(root: Path, written: list[Written], classes: list[str] | None, source: dict[str, Any]) -> None:
+def store_shard(target: Path, samples: Iterator[dict[str, Any]], *, labelled: bool) -> tuple[int, str]:
+    """Write a tar and its index aside, then rename them; return size and sha256, or (0, "") when there is no sample."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    count = 0
+    with temporary.open("wb") as file:
+        with TarWriter(file, encoder=False, mtime=0) as writer:
+            for sample in samples:
+                writer.write(sample)
+                count += 1
+        file.flush()
+        os.fsync(file.fileno())
+    if count == 0:
+        temporary.unlink()
+        return 0, ""
+    save_index(target.with_suffix(".npy"), build_index(str(temporary), labelled=labelled))
+    with temporary.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    size = temporary.stat().st_size
+    temporary.rename(target)
+    return size, sha256
+
+
+def _samples(task: Task, written: Written) -> Iterator[dict[str, Any]]:
+    """The samples of a shard, as TarWriter takes them; what cannot be decoded is left out by name."""
+    for item in task.items:
+        try:
+            data = task.reader.read(item.place)
+            header, pixels = read_pixels(data)
+        except (BadImage, FileNotFoundError) as error:
+            reason = str(error) if isinstance(error, BadImage) else "there is no such file (a link that leads nowhere?)"
+            written.left_out.append({"file": item.name, "reason": reason})
+            continue
+        if task.short is not None:
+            try:
+                small = shrunk(pixels, short=task.short, quality=task.quality)
+            except DataError as error:
+                raise DataError(f"{item.name}: {error}") from error
+            if small is not None:
+                data = small
+                header, pixels = read_pixels(data)
+        written.add(header, pixels, item.label)
+        yield sample_of(item.key, header.ending, data, item.label)
+
+
+def sample_of(key: str, ending: str, image: bytes, label: int | None) -> dict[str, Any]:
+    """A sample as TarWriter takes it."""
+    return {"__key__": key, ending: image} | ({} if label is None else {LABEL_MEMBER: str(label).encode()})
+
+
+def facts_file(target: Path) -> Path:
+    """Where the facts of a finished shard lie."""
+    return target.with_suffix(".json")
+
+
+def read_facts(target: Path) -> Written:
+    """Facts of a finished shard. Raises DataError."""
+    return facts.load(facts_file(target), Written, Statistics, Moments)
+
+
+def _finished(task: Task) -> Written | None:
+    """The facts of a shard that was finished before, if its bytes still are what they say."""
+    try:
+        written = read_facts(task.target)
+    except (FileNotFoundError, DataError):
+        return None
+    if written.count == 0:
+        return written
+    for target in (task.target, task.moved):
+        if target.is_file() and target.with_suffix(".npy").is_file():
+            with target.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() == written.sha256:
+                    return written
+    return None
+
+
+def finish(
+    root: Path,
+    written: list[Written],
+    classes: list[str] | None,
+    source: dict[str, Any],
+    left_out: list[dict[str, str]],  # what was unusable before it could be read
+) -> None:
     """Write the lock of a dataset."""
-    left_out = [bad for w in written for bad in w.left_out]
+    left_out = left_out + [bad for w in written for bad in w.left_out]
     written = [w for w in written if w.count]
     if not written:
         raise DataError(
@@ -136,7 +216,7 @@ def finish(root: Path, written: list[Written], classes: list[str] | None, source
         "dataset_id": dataset_id(shards, schema),
         "shards": shards,
         "schema": schema,
-        "statistics": _statistics(written, classes),
+        "statistics": statistics_of(written, classes),
         "left_out": left_out,
         "source": source,
         "tool": {"mimstream": __version__, "pillow": PIL.__version__},
@@ -144,18 +224,12 @@ def finish(root: Path, written: list[Written], classes: list[str] | None, source
     write_lock(root, lock)
 
 
-def _statistics(written: list[Written], classes: list[str] | None) -> dict[str, Any]:
-    """Mean and deviation over all pixels in [0, 1], from integer histograms: exact, in any order of the shards."""
-    channels = 3 if any(w.colour for w in written) else 1
-    levels = np.sum([w.levels for w in written], axis=0)[:channels]  # (C, 256)
-    values, total = np.arange(256) / 255, levels.sum(axis=1)  # (256,), (C,)
-    mean = (levels * values).sum(axis=1) / total
-    variance = (levels * (values - mean[:, None]) ** 2).sum(axis=1) / total
+def statistics_of(written: list[Written], classes: list[str] | None) -> dict[str, Any]:
+    """Statistics of the pixels, the sizes and the labels."""
     height, width = np.concatenate([w.heights_widths for w in written]).T
     labels = sum((w.labels for w in written), Counter())
     return {
-        "mean": mean.round(6).tolist(),
-        "std": np.sqrt(variance).round(6).tolist(),
+        **Statistics.summary(w.pixels for w in written),
         "height": _spread(height),
         "width": _spread(width),
         "class_counts": [labels[label] for label in range(len(classes))] if classes is not None else None,

@@ -1,7 +1,8 @@
 """Picture: input, masked input, prediction, and prediction pasted into the visible patches, one row per image.
 
 For MAE the predicted patches are un-normalised with the true mean and variance of each patch; for BEiT and tokenizers
-the prediction is what the tokenizer decodes from the (predicted) codes.
+the prediction is what the tokenizer decodes from the (predicted) codes. Of more than three channels the first three are
+shown as red, green and blue; of two, the first as gray.
 """
 
 from __future__ import annotations
@@ -61,8 +62,7 @@ def _sheet(cells: Tensor, height: int) -> Image.Image:
     width = round(height * cells.shape[-1] / cells.shape[-2])
     b, columns, c = cells.shape[:3]
     resized = F.interpolate(cells.flatten(0, 1), (height, width), mode="nearest").reshape(b, columns, c, height, width)
-    if c != 3:
-        resized = resized[:, :, :1].expand(-1, -1, 3, -1, -1)
+    resized = resized[:, :, :3] if c >= 3 else resized[:, :, :1].expand(-1, -1, 3, -1, -1)
     padded = F.pad(resized, (2, 2, 2, 2), value=1.0)
     sheet = padded.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (B * h, columns * w, 3)
     return Image.fromarray((sheet * 255).round().to(torch.uint8).numpy())

@@ -1,0 +1,65 @@
+"""Join what the parts of `make`, `index` or `verify` left into one dataset, or one quarantine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mim.config import ConfigError
+from mim.contracts import DataError
+from mim.data import index, make, verify
+from mim.data.parts import read_parts
+from mim.data.plan import KIND
+from mim.data.shards import LOCK, is_dataset, read_lock
+
+
+@dataclass(frozen=True)
+class JoinReport:
+    """What `join` did."""
+
+    path: Path
+    joined: str  # make, index, quarantine, or nothing
+    num_samples: int
+    num_quarantined: int | None
+
+    def text(self) -> str:
+        """The report for people."""
+        done = "nothing to join, it is whole" if self.joined == "nothing" else f"joined the parts of {self.joined}"
+        bad = "" if self.num_quarantined is None else f", {self.num_quarantined} of them in quarantine"
+        return f"{self.path}: {done}; {self.num_samples} samples{bad}"
+
+
+def join(out: Path | str) -> JoinReport:
+    """Join all parts in OUT. May be repeated: a dataset that is whole stays as it is.
+
+    Raises ConfigError when a part is missing, DataError when one cannot be read.
+    """
+    out = Path(out)
+    if not out.is_dir():
+        raise ConfigError(f"{out} is no folder; name the OUT of the parts")
+    parts = read_parts(out, LOCK.removesuffix(".json"))
+    joined = "nothing"
+    if parts:
+        joined = parts[0]["kind"]
+        if joined == KIND:
+            make.join(out, parts[0])
+        else:
+            _join_index(out, parts)
+    roots = [root for root in (out, out / "train", out / "val") if is_dataset(root)]
+    if not roots:
+        read_lock(out)  # says that this is no dataset
+    quarantined = [found for root in roots if (found := verify.join_quarantines(root)) is not None]
+    if quarantined and not parts:
+        joined = "quarantine"
+    samples = sum(shard["count"] for root in roots for shard in read_lock(root)["shards"])
+    return JoinReport(out, joined, samples, sum(quarantined) if quarantined else None)
+
+
+def _join_index(out: Path, parts: list[dict[str, Any]]) -> None:
+    facts = sorted((fact for part in parts for fact in part["shards"]), key=lambda fact: fact["number"])
+    if [fact["number"] for fact in facts] != list(range(parts[0]["num_shards"])):
+        raise DataError(
+            f"{out}: the parts do not hold each of the {parts[0]['num_shards']} tars once; index them again"
+        )
+    index.finish(out, parts[0]["source"], facts)
