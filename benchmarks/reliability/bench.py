@@ -55,11 +55,13 @@ class Bench:
         """Run a `mim` command."""
         return self.trials.run("cli", arguments=[str(argument) for argument in arguments], **options)[0]
 
-    def read_tars(self, reader: str, tars: Sequence[Path | str], **options: Any) -> list[Result]:
-        """Read a stranger's tars: ours indexes them first, and a failing index is the result."""
+    def read_tars(
+        self, reader: str, tars: Sequence[Path | str], *, flags: Sequence[str] = (), **options: Any
+    ) -> list[Result]:
+        """Read a stranger's tars: ours indexes them first, with `flags`, and a failing index is the result."""
         if reader == USUAL:
             return self.trials.run(reader, tars=[str(tar) for tar in tars], **options)
-        indexed = self.mim("shards", "index", *tars, out := self.scratch(), "--labels", "cls", "--workers", 1)
+        indexed = self.mim("shards", "index", *tars, out := self.scratch(), "--labels", "cls", "--workers", 1, *flags)
         if indexed.hung or indexed.exit != 0:
             return [indexed]
         results = self.read(reader, out, **options)

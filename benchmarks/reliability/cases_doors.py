@@ -149,9 +149,10 @@ def secrets(bench: Bench, reader: str) -> Verdict:
         ]
     failed = sum(result.exit != 0 for result in results)
     fired(failed >= 10, f"only {failed} of {len(results)} runs ended with an error")
-    if fault := next((ended([result]) for result in results if result.hung or result.orphans), None):
-        return fault
-    return _leaked(results, written) or Verdict(PASS, f"{failed} errors, nothing of 6 secrets")
+    if leak := _leaked(results, written):
+        return leak
+    hung = next((ended([result]) for result in results if result.hung or result.orphans), None)
+    return hung or Verdict(PASS, f"{failed} errors, nothing of 6 secrets")
 
 
 def _leaked(results: list[Result], written: list[Path]) -> Verdict | None:

@@ -228,7 +228,9 @@ def _four_at_once(bench: Bench, reader: str, faults: Any) -> Verdict:
     found, cache = pair(bench), bench.scratch()
     with serving(faults, found) as server:
         server.bandwidth = 200_000  # bytes/s: long enough for all four to come
-        results = read_urls(bench, reader, found, urls_of(server, found), cache=cache, cached=True, processes=4, as_ranks=[0])
+        results = read_urls(
+            bench, reader, found, urls_of(server, found), cache=cache, cached=True, processes=4, as_ranks=[0]
+        )
         sent = sum(server.sent.values()) / sum(tar.stat().st_size for tar in found.tars)
     if fault := ended(results):
         return fault

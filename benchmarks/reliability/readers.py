@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import traceback
@@ -30,7 +31,7 @@ from benchmarks.reliability.fixtures import SIDE, Row, pixels_of, row_of
 from mim.__main__ import main, one_sentence
 from mim.config import ConfigError
 from mim.contracts import DataError, StorageError
-from mim.data.augment import crop
+from mim.data.augment import center, crop
 from mim.data.order import Order
 from mim.data.quarantine import Bad, Journal, read_quarantine
 from mim.data.shards import Dataset
@@ -68,9 +69,7 @@ def cli(trial: dict[str, Any], _rank: int, _emit: Emit) -> None:
     main()
 
 
-def whole(image: torch.Tensor, _rng: np.random.Generator, _sizes: Any) -> list[torch.Tensor]:
-    """The view that changes nothing."""
-    return [image]
+whole = functools.partial(center, crop_ratio=1.0)  # the view that changes nothing
 
 
 def random_mask(generator: np.random.Generator) -> np.ndarray:

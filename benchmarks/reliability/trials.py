@@ -9,6 +9,8 @@ behind is seen and ended.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import os
 import resource
@@ -242,6 +244,8 @@ def _child(trial: dict[str, Any], rank: int, readers: Any) -> None:
     except BaseException:
         traceback.print_exc()
     finally:
+        gc.collect()  # a program that ends lets go of its readers,
+        atexit._run_exitfuncs()  # and ends its loader processes
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
