@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.server
 import json
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks.reliability.bench import OURS, USUAL, Bench, Case, fired
 from benchmarks.reliability.cases_hostile import unharmed
-from benchmarks.reliability.trials import Result, free_port
+from benchmarks.reliability.trials import Result
 from benchmarks.reliability.verdicts import LOUD, PASS, SILENT, SKIPPED, Verdict, delivered, ended, joined, refused
 from mim.data.shards import LOCK
 
@@ -125,34 +129,56 @@ def secrets(bench: Bench, reader: str) -> Verdict:
     """F7: six secrets, ten errors: none stands in the output, in a file that was written, or on a command line."""
     env = {name: value for name, value in SECRETS.items() if name.isupper()}
     fired(len(env) == 4, "the environment holds no secrets")
-    port = free_port()  # nobody listens there
-    user = f"http://me:{SECRETS['user']}@127.0.0.1:{port}/part-0.tar"
-    query = f"http://127.0.0.1:{port}/part-0.tar?X-Amz-Signature={SECRETS['query']}"
-    missing = f"http://127.0.0.1:{port}/part-0.tar"
-    results = [bench.read_tars(reader, [url], env=env, limit=40)[0] for url in (user, query, missing)]
-    written: list[Path] = []
-    if reader == OURS:
-        for url in (user, query, missing):
-            copy = bench.small.copy(bench.scratch())
-            lock = json.loads((copy.path / LOCK).read_bytes())
-            lock["shards"][0]["url"] = url
-            (copy.path / LOCK).write_text(json.dumps(lock))
-            results += bench.read(OURS, copy.path, env=env, limit=40)
-            results.append(bench.mim("shards", "verify", copy.path, "--workers", 1, env=env, limit=60))
-        run = bench.scratch()
-        for broken in (f"data.path={user}", f"data.path={bench.folder / 'nowhere'}"):
-            results.append(bench.mim("train", "mae_vittiny_cifar10", broken, f"train.run={run}", env=env, limit=60))
-        written = [file for file in run.parent.rglob("*") if file.is_file()]
-    else:
-        results += [
-            bench.trials.run(USUAL, tars=[str(bench.folder / f"nowhere-{i}.tar")], env=env)[0] for i in range(7)
-        ]
+    with nothing_there() as server:
+        user = f"http://me:{SECRETS['user']}@127.0.0.1:{server.server_port}/part-0.tar"
+        query = f"http://127.0.0.1:{server.server_port}/part-0.tar?X-Amz-Signature={SECRETS['query']}"
+        missing = f"http://127.0.0.1:{server.server_port}/part-0.tar"
+        results = [bench.read_tars(reader, [url], env=env, limit=40)[0] for url in (user, query, missing)]
+        written: list[Path] = []
+        if reader == OURS:
+            for url in (user, query, missing):
+                copy = bench.small.copy(bench.scratch())
+                lock = json.loads((copy.path / LOCK).read_bytes())
+                lock["shards"][0]["url"] = url
+                (copy.path / LOCK).write_text(json.dumps(lock))
+                results += bench.read(OURS, copy.path, env=env, limit=40)
+                results.append(bench.mim("shards", "verify", copy.path, "--workers", 1, env=env, limit=60))
+            run = bench.scratch()
+            for broken in (f"data.path={user}", f"data.path={bench.folder / 'nowhere'}"):
+                results.append(bench.mim("train", "mae_vittiny_cifar10", broken, f"train.run={run}", env=env, limit=60))
+            written = [file for file in run.parent.rglob("*") if file.is_file()]
+        else:
+            results += [
+                bench.trials.run(USUAL, tars=[str(bench.folder / f"nowhere-{i}.tar")], env=env)[0] for i in range(7)
+            ]
+    fired(server.asked, "no reader asked the server")
     failed = sum(result.exit != 0 for result in results)
     fired(failed >= 10, f"only {failed} of {len(results)} runs ended with an error")
     if leak := _leaked(results, written):
         return leak
     hung = next((ended([result]) for result in results if result.hung or result.orphans), None)
     return hung or Verdict(PASS, f"{failed} errors, nothing of 6 secrets")
+
+
+class NothingThere(http.server.BaseHTTPRequestHandler):
+    """Answers 404, and counts."""
+
+    def do_GET(self) -> None:
+        self.server.asked += 1  # type: ignore[attr-defined]
+        self.send_error(404)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def nothing_there() -> Iterator[Any]:
+    """A web server that holds nothing."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), NothingThere) as server:
+        server.asked = 0  # type: ignore[attr-defined]
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield server
+        server.shutdown()
 
 
 def _leaked(results: list[Result], written: list[Path]) -> Verdict | None:

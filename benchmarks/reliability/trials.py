@@ -162,6 +162,7 @@ def serve() -> None:
 
     torch.set_num_threads(1)
     readers.warm_up()
+    gc.freeze()  # children share what is there instead of copying it when they collect
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         trial = json.loads(line)
