@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint types pytest test-slow install clean
+.PHONY: demo test lint types pytest test-slow bench-reliability install clean
 
 demo: .venv/.installed
 	$(BIN)/mim demo
@@ -22,6 +22,9 @@ pytest: .venv/.installed
 
 test-slow: .venv/.installed
 	$(BIN)/python -m pytest -m slow
+
+bench-reliability: .venv/.installed
+	$(BIN)/python -m benchmarks.reliability --json reliability.json
 
 install: .venv/.installed
 

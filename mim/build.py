@@ -20,6 +20,7 @@ from mim import checkpoint, config
 from mim.config import ConfigError
 from mim.contracts import Batch, LoadedRun
 from mim.data import make, shards, stream
+from mim.data.location import redact
 from mim.data.mixture import AnyDataset, Mixture
 from mim.log import say
 
@@ -209,6 +210,9 @@ def _open(sections: Sections) -> tuple[AnyDataset, shards.Dataset | None]:
 
 def _dataset_folder(path: str, data: stream.Config, cache: Path, *, val_ratio: float) -> Path:
     """A dataset folder, or the one that holds its `train` and `val`; of an image folder, what was made of it."""
+    if "://" in path:
+        shown = redact(path)  # it may hold a password
+        raise ConfigError(f"{shown} is an address where `data` wants a folder; make one: mim shards index {shown} OUT")
     root = Path(path).expanduser()
     if shards.is_dataset(root) or _part(root, "train"):
         return root

@@ -175,6 +175,14 @@ def test_a_range_that_is_none_is_refused(recipe, found):
         build.open_data(sections)
 
 
+def test_an_address_in_place_of_a_dataset_folder_is_refused_without_its_password(recipe):
+    sections = recipe()
+    sections["data"]["path"] = "https://me:planted@example.org/a.tar?X-Amz-Signature=planted"
+    with pytest.raises(ConfigError, match=r"https://example\.org/a\.tar is an address .*mim shards index") as raised:
+        build.open_data(sections)
+    assert "planted" not in str(raised.value)
+
+
 def test_the_range_of_the_recipe_goes_before_the_dataset_s_and_moves_its_statistics(recipe):
     sections = recipe()
     plain, _ = build.open_data(sections)
