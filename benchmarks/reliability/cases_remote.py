@@ -60,6 +60,7 @@ def read_urls(bench: Bench, reader: str, found: Fixture, urls: Sequence[str], **
     cache = options.pop("cache", None) or bench.scratch()
     options = {"batch_size": 12, "limit": PATIENT} | options
     if reader != OURS:
+        cache.mkdir(exist_ok=True)  # WebDataset wants it to exist
         store = {"store": {"cache_dir": str(cache)}} if options.pop("cached", False) else {}
         return bench.trials.run(reader, tars=list(urls), **store, **options)
     options.pop("cached", None)
