@@ -24,7 +24,7 @@ from mim.data.shards import LOCK, Dataset
 from mim.data.wire import Patience
 
 BODY = random.Random(0).randbytes(200_000)
-HASTE = Patience(silence=0.3, min_rate=50_000, total=3, unreachable=0.3, first_wait=0.01, longest_wait=0.1)
+HASTE = Patience(silence=0.5, min_rate=50_000, total=3, unreachable=0.3, first_wait=0.01, longest_wait=0.1)
 
 
 @pytest.fixture

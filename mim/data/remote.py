@@ -112,7 +112,7 @@ class Remote:
             self._forget()  # after a fork: the connections are the parent's
         patience, began = self.patience, time.monotonic()
         deadline = began + patience.until(size)
-        tries, failures, before = 0, 0, progress()
+        tries, failures, before, cause = 0, 0, progress(), ""
         while True:
             tries += 1
             try:
@@ -123,9 +123,10 @@ class Remote:
                 wait *= self._jitter.uniform(0.5, 1)
                 wait = max(wait, min(fault.wait, patience.longest_wait))
                 now = time.monotonic()
+                cause = cause if cause and now >= deadline else str(fault)  # being cut by the deadline says nothing
                 if now + wait > (min(deadline, began + patience.unreachable) if fault.unreachable else deadline):
                     raise StorageError(
-                        f"cannot read {redact(url)}: {fault} ({tries} attempts in {now - began:.2g} s)"
+                        f"cannot read {redact(url)}: {cause} ({tries} attempts in {now - began:.2g} s)"
                     ) from None
                 time.sleep(wait)
 
