@@ -77,6 +77,9 @@ class Written:
             self.labels[label] += 1
 
 
+IN_FACTS = (Written, Statistics, Moments)  # every class that the facts of a shard hold
+
+
 def read_pixels(data: bytes) -> tuple[Header, Tensor]:
     """Header and all pixels of an encoded image. Raises BadImage."""
     header = read_header(data)
@@ -173,7 +176,7 @@ def facts_file(target: Path) -> Path:
 
 def read_facts(target: Path) -> Written:
     """Facts of a finished shard. Raises DataError."""
-    return facts.load(facts_file(target), Written, Statistics, Moments)
+    return facts.load(facts_file(target), *IN_FACTS)
 
 
 def _finished(task: Task) -> Written | None:
