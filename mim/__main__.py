@@ -110,7 +110,7 @@ def bench_data(recipe: str, overrides: tuple[str, ...], seconds: float, as_json:
     dataset, _ = build.open_data(sections)
     trained = bool((sections.get("tokenizer") or {}).get("path"))
     with contextlib.nullcontext() if trained else torch.device("meta"):  # sizes and mask are wanted, not the networks
-        views = build.build(sections, dataset=dataset, load_tokenizer=trained).views
+        views = build.build(sections, dataset=dataset, load_frozen=trained).views
     data = views.data
     on_gpu = torch.accelerator.is_available() and not cfg.train.cpu
     device = torch.accelerator.current_accelerator() if on_gpu else None

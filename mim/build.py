@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 import tokenizer as tokenizers
 from mim import checkpoint, config
@@ -50,21 +52,21 @@ class Built:
     sections: Sections  # resolved: complete with defaults, as saved in config.yaml
 
 
-def build(sections: Sections, *, dataset: AnyDataset | None = None, load_tokenizer: bool = True) -> Built:
+def build(sections: Sections, *, dataset: AnyDataset | None = None, load_frozen: bool = True) -> Built:
     """Build everything that a recipe names.
 
-    `dataset` supplies the pixel statistics that the recipe leaves open. With `load_tokenizer=False` a frozen tokenizer
-    is built from its own recipe with fresh weights instead of from its run (recipe tests).
+    `dataset` supplies the pixel statistics that the recipe leaves open. With `load_frozen=False` a frozen tokenizer
+    or teacher is built from its own recipe with fresh weights instead of from its run (recipe tests).
     """
     try:
-        return _build(sections, dataset, load_tokenizer)
+        return _build(sections, dataset, load_frozen)
     except ConfigError:
         raise
     except (ValueError, RuntimeError) as error:  # what a component says about its own numbers
         raise ConfigError(str(error)) from error
 
 
-def _build(sections: Sections, dataset: AnyDataset | None, load_tokenizer: bool) -> Built:
+def _build(sections: Sections, dataset: AnyDataset | None, load_frozen: bool) -> Built:
     data = config.typed(stream.Config, sections["data"], "data")
     size = image_size(data)
     objective_module, objective_cfg = config.component("mim.objectives", sections.get("objective"), "objective")
@@ -86,11 +88,19 @@ def _build(sections: Sections, dataset: AnyDataset | None, load_tokenizer: bool)
         inner = encoder = module.build(cfg, image_size=size, channels=data.channels)
         resolved["encoder"] = {"name": sections["encoder"]["name"], **config.plain(cfg)}
         if sections.get("tokenizer") is not None:
-            frozen["tokenizer"] = _frozen_tokenizer(sections["tokenizer"], load_tokenizer)
-            if load_tokenizer:  # the checkpoint that was read, so that a later one cannot take its place
+            frozen["tokenizer"] = _frozen_tokenizer(sections["tokenizer"], load_frozen)
+            if load_frozen:  # the checkpoint that was read, so that a later one cannot take its place
                 folder = str(tokenizer_path(sections["tokenizer"]).absolute())
                 resolved["tokenizer"] = {**sections["tokenizer"], "path": folder}
             sizes.append(_tokenizer_size(sections["tokenizer"], frozen["tokenizer"], encoder.grid(size)))
+    if sections.get("teacher") is not None:
+        frozen["teacher"], resolved["teacher"] = _frozen_teacher(sections["teacher"], load_frozen)
+        theirs, ours = frozen["teacher"].grid, inner.grid(size)
+        if theirs != ours:
+            raise ConfigError(
+                f"the teacher sees {theirs[0]}x{theirs[1]} patches of an image, but the tokenizer makes "
+                f"{ours[0]}x{ours[1]} codes; choose data.image_size and tokenizer.stride so that they agree"
+            )
     objective = objective_module.build(inner, objective_cfg)
     _check_agreement(objective, sections, frozen)
 
@@ -227,7 +237,9 @@ def _part(root: Path, name: str) -> Path | None:
 
 @torch.no_grad()
 def write_targets(frozen: dict[str, Any], batch: Batch) -> None:
-    """Let the frozen networks write `codes` into a batch that is on the device."""
+    """Let the frozen networks write `codes` or `targets` into a batch that is on the device."""
+    if "teacher" in frozen:
+        batch["targets"] = frozen["teacher"](batch["images"])  # (B, N, D')
     if "tokenizer" in frozen:
         batch["codes"] = frozen["tokenizer"].encode(batch.get("tokenizer_images", batch["images"]))  # (B, N)
 
@@ -279,6 +291,44 @@ def _frozen_tokenizer(section: dict[str, Any], load: bool) -> Any:
     return module.build(cfg).eval().requires_grad_(False)
 
 
+def _frozen_teacher(section: dict[str, Any], load: bool) -> tuple[Teacher, dict[str, Any]]:
+    """The encoder of a run as a teacher, and its section with the checkpoint that was read."""
+    unknown = set(section) - {"recipe", "path", "step", "experiment"}
+    if unknown:
+        raise ConfigError(f"teacher.{min(unknown)} is not a known key; known here: recipe, path, step")
+    if not load:
+        built = build(config.read(section["recipe"]), load_frozen=False)
+        return Teacher(built.encoder, image_size(built.views.data)), section
+    again = f"; train one first, e.g. `mim train {section.get('recipe', 'RECIPE')} train.run={section.get('path')}`"
+    if not section.get("path"):
+        raise ConfigError("teacher.path is missing: the run of a trained encoder, e.g. teacher.path=runs/mae")
+    path = Path(section["path"]).expanduser()
+    if checkpoint.newest(path) is None if path.is_dir() else True:
+        raise ConfigError(f"teacher.path={str(path)!r} holds no trained encoder{again}")
+    run = load_run(path, step=section.get("step"))
+    if run.encoder is None:
+        raise ConfigError(f"teacher.path={str(path)!r} trained a tokenizer, which has no features{again}")
+    found = {"path": str(path.absolute()), "step": run.step, "experiment": config.digest(run.config["experiment"])}
+    return Teacher(run.encoder, image_size(run.views.data)), {**section, **found}
+
+
+class Teacher(torch.nn.Module):
+    """A frozen encoder whose patch features are targets; it sees images at its own size and normalises them itself."""
+
+    def __init__(self, encoder: Any, image_size: tuple[int, int]):
+        super().__init__()
+        self.encoder = encoder
+        self.image_size = image_size
+        self.width = encoder.width
+        self.grid = encoder.grid(image_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [0, 1] -> features (B, N, D')."""
+        if images.shape[-2:] != self.image_size:
+            images = F.interpolate(images, size=self.image_size, mode="bicubic", antialias=True).clamp(0, 1)
+        return self.encoder(images).patches
+
+
 def _tokenizer_size(section: dict[str, Any], tokenizer: Any, grid: tuple[int, int]) -> tuple[int, int]:
     """The image size at which the tokenizer's grid equals the patch grid; a size that the recipe states must fit."""
     fitting = grid[0] * tokenizer.stride, grid[1] * tokenizer.stride
@@ -310,6 +360,12 @@ def _check_agreement(objective: Any, sections: Sections, frozen: dict[str, Any])
                 f"objective.num_codes={objective.num_codes}, but the tokenizer has {theirs} codes; "
                 f"set objective.num_codes={theirs}"
             )
+    if "targets" in objective.reads:
+        if "teacher" not in frozen:
+            raise ConfigError("tokenizer.target=features needs a teacher; add teacher: {path: RUN}, or target: pixels")
+        theirs, ours = frozen["teacher"].width, objective.tokenizer.target_width
+        if theirs != ours:
+            raise ConfigError(f"tokenizer.target_width={ours}, but the teacher is {theirs} wide; make them equal")
     channels = sections["data"].get("channels", 3)
     tokenizer = frozen.get("tokenizer") or getattr(objective, "tokenizer", None)
     if tokenizer is not None and tokenizer.channels != channels:

@@ -59,6 +59,7 @@ class Config:
     encoder: dict[str, Any] | None = None
     mask: dict[str, Any] | None = None
     tokenizer: dict[str, Any] | None = None
+    teacher: dict[str, Any] | None = None  # frozen encoder whose features a tokenizer learns: {recipe: NAME, path: RUN}
     train: Machine = field(default_factory=Machine)
     evals: dict[str, Any] = field(default_factory=dict)  # NAME: {every: "10 epochs", option: value}
 
@@ -86,7 +87,7 @@ class Job:
         return self.accelerator.unwrap_model(self.model)
 
 
-EXPERIMENT = ("data", "mask", "encoder", "tokenizer", "objective", "optim")
+EXPERIMENT = ("data", "mask", "encoder", "tokenizer", "teacher", "objective", "optim")
 DONE, STOPPED = 0, 75  # exit codes
 ONE_SIGNAL = 2.0  # seconds within which signals to stop are the same one, sent to the process and to its group
 Stop = Callable[[int], bool]
@@ -176,6 +177,8 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
     progress_line = Progress(start, total, batch_size=batch_size, main=main_rank)
     waiting = stages.Waiting(num_workers(cfg.train.workers))
     status(job, "running", start)
+    if start == 0 and hasattr(objective, "start"):
+        objective.start(stream.to_device(batch, device) for batch in loader(job, 0))
     batches = iter(loader(job, start))
     model.train()
 
@@ -494,6 +497,8 @@ def identity(sections: dict[str, Any], dataset: mixture.AnyDataset) -> dict[str,
     looks = ("path", "sources", "val_path", "eval_view", "labels_from_folders", "val_ratio", "bad_budget")
     found["data"] = {key: value for key, value in found["data"].items() if key not in looks}
     found["dataset_id"] = dataset.id
+    if sections.get("teacher") is not None:
+        found["teacher"] = {key: sections["teacher"][key] for key in ("step", "experiment")}
     if sections.get("encoder") is not None and sections.get("tokenizer") is not None:
         folder = Path(sections["tokenizer"]["path"])
         files = (folder / "tokenizer.json", folder / "tokenizer.safetensors")

@@ -27,7 +27,7 @@ def test_there_are_recipes():
 
 def test_a_recipe_builds_without_its_data_and_without_memory(sections):
     with torch.device("meta"):
-        built = build.build(sections, load_tokenizer=False)
+        built = build.build(sections, load_frozen=False)
     assert sum(p.numel() for p in built.objective.parameters() if p.requires_grad) > 0
     assert all(p.is_meta for p in built.objective.parameters())
     assert not [p for network in built.frozen.values() for p in network.parameters() if p.requires_grad]
@@ -35,8 +35,8 @@ def test_a_recipe_builds_without_its_data_and_without_memory(sections):
 
 def test_a_recipe_builds_again_from_what_its_run_would_save(sections):
     with torch.device("meta"):
-        resolved = build.build(sections, load_tokenizer=False).sections
-        assert build.build(resolved, load_tokenizer=False).sections == resolved
+        resolved = build.build(sections, load_frozen=False).sections
+        assert build.build(resolved, load_frozen=False).sections == resolved
 
 
 def test_a_schedule_resolves_for_small_and_large_data_sets(sections):

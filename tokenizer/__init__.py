@@ -35,7 +35,7 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, codes: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Images (B, C, H, W) of codes (B, N) on a grid of (h, w)."""
+        """Images (B, C, H, W), or the features (B, N, D') of a teacher, of codes (B, N) on a grid of (h, w)."""
         ...
 
     def loss(self, batch: dict[str, Any], progress: Tensor) -> dict[str, Tensor]:
@@ -44,6 +44,11 @@ class Tokenizer(Protocol):
         Reads "tokenizer_images" (else "images") and the seeds "noise" (B,); `progress` in [0, 1] is 0-d.
         """
         ...
+
+    # optional:
+    # reads: tuple of what `loss` reads of a batch, with "targets" (B, N, D') of a frozen teacher
+    # start(batches) -> None, once before the first step of a fresh run (k-means)
+    # after_step(step: int, progress: Tensor) -> None, once per optimizer step (codebooks)
 
 
 def save(tokenizer: nn.Module, folder: str | Path, *, name: str, config: dict[str, Any], card: dict[str, Any]) -> None:
@@ -76,8 +81,7 @@ def load(folder: str | Path) -> Any:
 
 def names() -> list[str]:
     """Names of the tokenizers that stand in this folder."""
-    modules = {path.stem for path in Path(__file__).parent.glob("*.py")}
-    return sorted(modules - {"__init__", "quantize"})
+    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if "\nclass Config" in path.read_text())
 
 
 def _description(path: Path) -> dict[str, Any]:

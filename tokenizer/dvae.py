@@ -156,6 +156,16 @@ class Decoder(nn.Module):
         return _in_float32(output, x)  # (B, C or 2C, H, W)
 
 
+def map_pixels(images: Tensor) -> Tensor:
+    """[0, 1] -> [EPSILON, 1 - EPSILON], in the memory layout that convolutions keep and in which the CPU is faster."""
+    return ((1 - 2 * EPSILON) * images + EPSILON).contiguous(memory_format=torch.channels_last)
+
+
+def unmap_pixels(mapped: Tensor) -> Tensor:
+    """The inverse of `map_pixels`; what a sigmoid gives may leave [0, 1] by an eighth."""
+    return (mapped - EPSILON) / (1 - 2 * EPSILON)
+
+
 def logit_laplace_nll(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
     """-log f(x | mean, b = exp(log_scale)) of the Laplace distribution carried to (0, 1) by a sigmoid (A.3)."""
     deviation = (torch.logit(x) - mean).abs() * torch.exp(-log_scale)
@@ -219,7 +229,7 @@ class DVAE(nn.Module):
         squared_error = (reconstruction - images).square()
         if self.cfg.likelihood == "logit_laplace":
             mean, log_scale = pred.chunk(2, dim=1)  # each (B, C, H, W)
-            misfit = logit_laplace_nll(self._map(images), mean, log_scale)
+            misfit = logit_laplace_nll(map_pixels(images), mean, log_scale)
         else:
             misfit = squared_error
         kl = kl_to_uniform(logits).flatten(1)  # (B, N)
@@ -235,15 +245,10 @@ class DVAE(nn.Module):
 
     def _logits(self, images: Tensor) -> Tensor:
         self.grid((images.shape[-2], images.shape[-1]))
-        return self.encoder(self._map(images))  # (B, V, h, w)
-
-    def _map(self, images: Tensor) -> Tensor:
-        mapped = (1 - 2 * EPSILON) * images + EPSILON
-        return mapped.contiguous(memory_format=torch.channels_last)  # convolutions keep it, and run faster in it on CPU
+        return self.encoder(map_pixels(images))  # (B, V, h, w)
 
     def _reconstruction(self, pred: Tensor) -> Tensor:
-        """The inverse of the input mapping at the sigmoid of the predicted mean; it may leave [0, 1] by an eighth."""
-        return (torch.sigmoid(pred[:, : self.channels]) - EPSILON) / (1 - 2 * EPSILON)  # (B, C, H, W)
+        return unmap_pixels(torch.sigmoid(pred[:, : self.channels]))  # (B, C, H, W)
 
 
 def build(cfg: Config) -> DVAE:

@@ -4,6 +4,7 @@ Usage and perplexity of one batch are bounded by its size, so they are taken ove
 occurred at all, and exp(entropy) of their frequencies. A step counts towards the epoch of its first sample.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +23,6 @@ class Config:
 class Tokenize(nn.Module):
     encoder = None
     per_micro_batch = False
-    reads = ("images", "noise")
-
     tokenizer: Any
 
     # Integers, so that they are the same for any split of the batch and after any resume.
@@ -34,12 +33,18 @@ class Tokenize(nn.Module):
     def __init__(self, tokenizer: nn.Module, num_codes: int):
         super().__init__()
         self.tokenizer = tokenizer
+        self.reads = getattr(tokenizer, "reads", ("images", "noise"))
         self.register_buffer("epoch", torch.zeros((), dtype=torch.int64))
         self.register_buffer("counts", torch.zeros(num_codes, dtype=torch.int64))
         self.register_buffer("last_counts", torch.zeros(num_codes, dtype=torch.int64))
         # Of the micro-batches since the last step: (V,) counts, and the epoch of the first row of each.
         self.pending_counts: Tensor | None = None
         self.pending_epochs: list[int] = []
+
+    def start(self, batches: Iterator[dict[str, Any]]) -> None:
+        """Let the tokenizer start its codebook from the first batches, if it wants to (k-means)."""
+        if hasattr(self.tokenizer, "start"):
+            self.tokenizer.start(batches)
 
     def forward(self, batch: dict[str, Any], progress: Tensor) -> dict[str, Tensor]:
         """The tokenizer's loss, and usage and perplexity of the last full epoch, or since the start in the first."""
@@ -53,6 +58,8 @@ class Tokenize(nn.Module):
     def reconstruct(self, batch: dict[str, Any], frozen: dict[str, Any]) -> Tensor:
         """Images decoded from their own codes, (B, C, H, W) in [0, 1]."""
         images = batch["images"]
+        if getattr(self.tokenizer, "target", "pixels") != "pixels":
+            raise ValueError("this tokenizer decodes to a teacher's features, of which there is no picture to show")
         return self.tokenizer.decode(self.tokenizer.encode(images), self.tokenizer.grid(images.shape[-2:]))
 
     def card(self) -> dict[str, float]:
@@ -69,8 +76,10 @@ class Tokenize(nn.Module):
         self.pending_epochs.append(batch["epoch"])
 
     @torch.no_grad()
-    def after_step(self, step: int, progress: float) -> None:
-        """Counts the codes of one step, of all micro-batches and ranks, without waiting for the device."""
+    def after_step(self, step: int, progress: Tensor) -> None:
+        """Moves the codebook and counts the codes of one step, of all micro-batches and ranks; no host sync."""
+        if hasattr(self.tokenizer, "after_step"):
+            self.tokenizer.after_step(step, progress)
         if self.pending_counts is None:
             return
         counts = self.pending_counts

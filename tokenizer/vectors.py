@@ -1,0 +1,117 @@
+"""A tokenizer made of an encoder, a quantizer of its vectors and a decoder: what VQ-KD and FSQ have in common.
+
+The target of the decoder is the image, or the features that a frozen teacher wrote into the batch (`targets`): Peng et
+al. 2022, BEiT v2 (arXiv 2208.06366), section 2.1, equations 3 and 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenizer import networks
+from tokenizer.codebook import draw, merge
+
+KMEANS_VECTORS = 16  # per code
+
+
+class VectorTokenizer(nn.Module):
+    """Its quantizer is a `Codebook` (VQ-KD) or a `Grid` (FSQ)."""
+
+    def __init__(self, cfg: Any, quantizer: Any, num_codes: int, code_width: int, *, commitment: float):
+        super().__init__()
+        networks.check(cfg)
+        self.num_codes, self.channels, self.stride = num_codes, cfg.channels, cfg.stride
+        self.target = cfg.target
+        self.target_width = cfg.target_width
+        self.commitment = commitment
+        self.encoder = networks.encoder(cfg, code_width)
+        self.quantizer = quantizer
+        self.decoder = networks.decoder(cfg, code_width)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """What the loss reads of a batch."""
+        return ("images", "noise", "targets") if self.target == "features" else ("images", "noise")
+
+    def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Codes per column and row of an image; ValueError when the size does not divide by the stride."""
+        h, w = image_size
+        if h % self.stride or w % self.stride:
+            nearest = [max(1, round(size / self.stride)) * self.stride for size in (h, w)]
+            raise ValueError(
+                f"an image of {h}x{w} pixels does not divide by the tokenizer's stride of {self.stride}; "
+                f"use {nearest[0]}x{nearest[1]}"
+            )
+        return h // self.stride, w // self.stride
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) in [0, 1] -> codes (B, N) int64, row-major."""
+        return self.quantizer.ids(self.place(images))
+
+    def place(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) in [0, 1] -> vectors (B, N, d) float32, where the quantizer takes them."""
+        self.grid((images.shape[-2], images.shape[-1]))
+        return self.quantizer.place(self.encoder(images))
+
+    def decode(self, codes: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Codes (B, N) on a grid (h, w) -> images (B, C, H, W) in [0, 1], or features (B, N, D')."""
+        decoded = self.decoder(self.quantizer.vectors(codes), grid)
+        return decoded.clamp(0, 1) if self.target == "pixels" else decoded
+
+    def loss(self, batch: dict[str, Any], progress: Tensor) -> dict[str, Tensor]:
+        """Misfit (B,) of what is decoded, plus the commitment: squared error of pixels, or 1 - cosine of features."""
+        images = batch["tokenizer_images"] if "tokenizer_images" in batch else batch["images"]  # (B, C, H, W)
+        grid = self.grid((images.shape[-2], images.shape[-1]))
+        vectors, codes, commitment = self.quantizer(self.encoder(images), batch["noise"], batch.get("weight"))
+        decoded = self.decoder(vectors, grid).float()  # (B, C, H, W) or (B, N, D')
+        if self.target == "pixels":
+            misfit = (decoded - images).square().flatten(1).mean(dim=1)  # (B,)
+            shown = {"recon_mse": misfit, "recon_mae": (decoded.clamp(0, 1) - images).abs().flatten(1).mean(dim=1)}
+        else:
+            cosine = F.cosine_similarity(decoded, batch["targets"].float(), dim=-1).mean(dim=1)  # (B,)
+            misfit, shown = 1 - cosine, {"teacher_cosine": cosine}
+        commitment = commitment.mean(dim=1)  # (B,)
+        return {
+            "loss": misfit + self.commitment * commitment,
+            "commitment": commitment.detach(),
+            "codes": codes,
+            **{name: value.detach() for name, value in shown.items()},
+        }
+
+    @torch.no_grad()
+    def start(self, batches: Iterator[dict[str, Any]]) -> None:
+        """Start the codebook, if there is one, with k-means on what the untrained encoder makes of the first batches.
+
+        Micro-batches of whole steps are taken until there are KMEANS_VECTORS vectors per code, so that the draw
+        depends on neither ranks nor micro-batches.
+        """
+        if not getattr(self.quantizer, "iterations", 0):
+            return
+        wanted = KMEANS_VECTORS * self.num_codes
+        drawn, last, per_step = None, None, 0
+        for batch in batches:
+            images = batch["tokenizer_images"] if "tokenizer_images" in batch else batch["images"]
+            h, w = self.grid((images.shape[-2], images.shape[-1]))
+            if batch["position"] != last and last is not None and last * h * w >= wanted:
+                break
+            per_step = per_step or batch["position"] * h * w
+            last = batch["position"]
+            share = draw(self.place(images), batch["noise"], batch.get("weight"), wanted)
+            drawn = share if drawn is None else merge([drawn, share], wanted)
+        assert drawn is not None, "a run has batches"
+        self.quantizer.start(*drawn, per_step)
+
+    def after_step(self, step: int, progress: Tensor) -> None:
+        """Let the quantizer apply what it collected."""
+        if hasattr(self.quantizer, "update"):
+            self.quantizer.update()
+
+    def is_finite(self) -> Tensor:
+        """0-d bool: whether every number of the quantizer is."""
+        tensors = [value for value in self.quantizer.buffers() if value.is_floating_point()]
+        return torch.stack([value.isfinite().all() for value in tensors]).all() if tensors else torch.tensor(True)
