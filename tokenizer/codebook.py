@@ -121,7 +121,7 @@ class Codebook(nn.Module):
         used = (self.sizes > 1e-6 * self.sizes.mean())[:, None]  # of the others the mean is rounding noise
         self.codes.copy_(torch.where(used, self.place(means), self.codes))
         if self._spare is not None:
-            self._revive(*gather_drawn(*self._spare, self.num_revived))
+            self._revive(*gather_drawn(*self._spare))
         self._sums = self._counts = self._spare = None
 
     def _revive(self, keys: Tensor, vectors: Tensor) -> None:
@@ -130,59 +130,57 @@ class Codebook(nn.Module):
         Without its averages a revived code would be moved back to where it died by the next update.
         """
         mean = self.sizes.mean()
-        smallest = torch.topk(self.sizes, min(len(keys), len(self.sizes)), largest=False, sorted=True).indices  # (R,)
-        keys, vectors = keys[: len(smallest)], vectors[: len(smallest)]
+        num = min(len(vectors), len(self.sizes))
+        smallest = torch.topk(self.sizes, num, largest=False, sorted=True).indices  # (R,)
+        keys, vectors = keys[:num], vectors[:num]
         dead = (self.sizes[smallest] < self.dead_below * mean) & (keys < NEVER)  # (R,)
         self.codes[smallest] = torch.where(dead[:, None], vectors, self.codes[smallest])
         self.sizes[smallest] = torch.where(dead, mean, self.sizes[smallest])
         self.sums[smallest] = torch.where(dead[:, None], vectors * mean, self.sums[smallest])
 
     @torch.no_grad()
-    def start(self, keys: Tensor, vectors: Tensor, num_vectors: int) -> None:
-        """Start from k-means on a draw of placed vectors; a step of training has `num_vectors` of them.
+    def start(self, vectors: Tensor, num_vectors: int) -> None:
+        """Start from k-means on placed vectors (M, d), alike on every rank; a step has `num_vectors` of them.
 
         Every code starts with the averages of mean size, so that what is dead is known only after some steps.
         """
-        keys, vectors = gather_drawn(keys, vectors, len(keys))
-        vectors = vectors[: int((keys < NEVER).sum())]
-        codes = k_means(vectors, len(self.codes), iterations=self.iterations, unit=self.unit)
-        if dist.is_initialized():
-            dist.broadcast(codes, 0)  # ranks of different hardware may round differently
-        self.codes.copy_(codes)
-        self.sizes.fill_(num_vectors / len(codes))
+        if self.iterations:
+            self.codes.copy_(k_means(vectors, len(self.codes), iterations=self.iterations, unit=self.unit))
+            if dist.is_initialized():
+                dist.broadcast(self.codes, 0)  # ranks of different hardware may round differently
+        self.sizes.fill_(num_vectors / len(self.codes))
         self.sums.copy_(self.codes * self.sizes[:, None])
 
 
 def draw(vectors: Tensor, noise: Tensor, weight: Tensor | None, num: int) -> tuple[Tensor, Tensor]:
-    """`num` of the vectors (B, N, d), drawn by the noise (B,) of their samples: keys (num,) ascending, (num, d).
+    """`num` of the vectors (B, N, d), or all if they are fewer, drawn by the noise (B,) of their samples.
 
-    The smallest keys win, so the draws of parts of a batch, merged, are those of the whole. Where there are fewer
-    vectors, keys are NEVER.
+    Returns keys (R,) ascending and vectors (R, d). The smallest keys win, so the draws of parts of a batch, merged, are
+    those of the whole. A row of weight 0 has keys NEVER.
     """
     b, n, _ = vectors.shape
     keys = uniform_noise(noise, (n,))  # (B, N)
     if weight is not None:
         keys = torch.where(weight[:, None] != 0, keys, NEVER)
     kept, ids = torch.topk(keys.flatten(), min(num, b * n), largest=False, sorted=True)
-    chosen = vectors.flatten(0, 1)[ids]  # (R, d)
-    missing = num - len(kept)
-    return F.pad(kept, (0, missing), value=NEVER), F.pad(chosen, (0, 0, 0, missing))
+    return kept, vectors.float().flatten(0, 1)[ids]
 
 
 def merge(draws: list[tuple[Tensor, Tensor]], num: int) -> tuple[Tensor, Tensor]:
     """The `num` smallest of several draws."""
-    keys, ids = torch.topk(torch.cat([keys for keys, _ in draws]), num, largest=False, sorted=True)
-    return keys, torch.cat([vectors for _, vectors in draws])[ids]
+    keys = torch.cat([keys for keys, _ in draws])
+    kept, ids = torch.topk(keys, min(num, len(keys)), largest=False, sorted=True)
+    return kept, torch.cat([vectors for _, vectors in draws])[ids]
 
 
-def gather_drawn(keys: Tensor, vectors: Tensor, num: int) -> tuple[Tensor, Tensor]:
-    """The draw over all ranks."""
-    if not dist.is_initialized():
-        return keys, vectors
-    both = torch.cat([keys[:, None], vectors], dim=1)  # (R, 1 + d): one message
-    parts = [torch.empty_like(both) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, both.contiguous())
-    return merge([(part[:, 0], part[:, 1:]) for part in parts], num)
+def gather_drawn(keys: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """The draw over all ranks, of as many as each of them drew."""
+    if dist.is_initialized():
+        both = torch.cat([keys[:, None], vectors], dim=1).contiguous()  # (R, 1 + d): one message
+        parts = [torch.empty_like(both) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, both)
+        keys, vectors = merge([(part[:, 0], part[:, 1:]) for part in parts], len(keys))
+    return keys, vectors
 
 
 @torch.no_grad()

@@ -61,7 +61,7 @@ class Grid(nn.Module):
 
 
 def build(cfg: Config) -> VectorTokenizer:
-    """Build the tokenizer; `levels` must be two or more each."""
-    if not cfg.levels or min(cfg.levels) < 2:
-        raise ValueError(f"tokenizer.levels={cfg.levels} must hold numbers of 2 or more, e.g. [8, 8, 8]")
+    """Build the tokenizer; `levels` must be three or more each, for the rounding of two lies far from 0."""
+    if not cfg.levels or min(cfg.levels) < 3:
+        raise ValueError(f"tokenizer.levels={cfg.levels} must hold numbers of 3 or more, e.g. [8, 8, 8]")
     return VectorTokenizer(cfg, Grid(cfg.levels), math.prod(cfg.levels), len(cfg.levels), commitment=0.0)

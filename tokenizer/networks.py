@@ -53,7 +53,7 @@ def check(cfg: Networks) -> None:
             )
 
 
-def encoder(cfg: Networks, code_width: int) -> nn.Module:
+def encoder(cfg: Networks, code_width: int) -> TransformerEncoder | Convolutions:
     """Images (B, C, H, W) in [0, 1] -> vectors (B, N, d)."""
     return Convolutions(cfg, code_width) if cfg.network == "conv" else TransformerEncoder(cfg, code_width)
 
@@ -100,6 +100,11 @@ class TransformerEncoder(nn.Module):
         self.vit = _transformer(_grid(cfg), cfg.stride, cfg.channels, cfg.width, cfg.depth, cfg.num_heads)
         self.task_layer = task_layer(cfg.width, code_width)
 
+    def standardize(self, mean: Tensor, std: Tensor) -> None:
+        """Make vectors that have this mean and std (d,) have 0 and 1."""
+        last: Any = self.task_layer[-1]
+        _standardize(last.weight, last.bias, mean, std)
+
     def forward(self, images: Tensor) -> Tensor:
         tokens = self.vit.fc_norm(self.vit.forward_features(2 * images - 1)[:, 1:])  # (B, N, D)
         with torch.autocast(tokens.device.type, enabled=False):
@@ -125,6 +130,13 @@ class TransformerDecoder(nn.Module):
         return F.pixel_shuffle(out.transpose(1, 2).unflatten(2, grid), self.stride) + 0.5  # (B, C, H, W)
 
 
+@torch.no_grad()
+def _standardize(weight: Tensor, bias: Tensor, mean: Tensor, std: Tensor) -> None:
+    """Let the last layer, weight (d, ...) and bias (d,), subtract the mean and divide by the std."""
+    weight.div_(std.view(-1, *[1] * (weight.ndim - 1)))
+    bias.sub_(mean).div_(std)
+
+
 def _dvae_config(cfg: Networks, code_width: int) -> dvae.Config:
     return dvae.Config(
         num_codes=code_width,
@@ -143,6 +155,11 @@ class Convolutions(nn.Module):
     def __init__(self, cfg: Networks, code_width: int):
         super().__init__()
         self.net = dvae.Encoder(_dvae_config(cfg, code_width))
+
+    def standardize(self, mean: Tensor, std: Tensor) -> None:
+        """Make vectors that have this mean and std (d,) have 0 and 1."""
+        last = self.net.blocks.get_submodule("output.conv")
+        _standardize(last.get_parameter("w"), last.get_parameter("b"), mean, std)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.net(dvae.map_pixels(images)).flatten(2).transpose(1, 2)  # (B, N, d)

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer import networks
-from tokenizer.codebook import draw, merge
+from tokenizer.codebook import NEVER, Codebook, draw, gather_drawn, merge
 
-KMEANS_VECTORS = 16  # per code
+START_VECTORS = 16  # per code
 
 
 class VectorTokenizer(nn.Module):
@@ -85,14 +85,14 @@ class VectorTokenizer(nn.Module):
 
     @torch.no_grad()
     def start(self, batches: Iterator[dict[str, Any]]) -> None:
-        """Start the codebook, if there is one, with k-means on what the untrained encoder makes of the first batches.
+        """Start from what the untrained encoder makes of the first batches: standardise it, then k-means if there is a
+        codebook.
 
-        Micro-batches of whole steps are taken until there are KMEANS_VECTORS vectors per code, so that the draw
-        depends on neither ranks nor micro-batches.
+        An untrained network gives every patch nearly the same vector; standardised, they differ in all directions.
+        Micro-batches of whole steps are taken until there are START_VECTORS vectors per code, so that the draw depends
+        on neither ranks nor micro-batches.
         """
-        if not getattr(self.quantizer, "iterations", 0):
-            return
-        wanted = KMEANS_VECTORS * self.num_codes
+        wanted = START_VECTORS * self.num_codes
         drawn, last, per_step = None, None, 0
         for batch in batches:
             images = batch["tokenizer_images"] if "tokenizer_images" in batch else batch["images"]
@@ -101,14 +101,19 @@ class VectorTokenizer(nn.Module):
                 break
             per_step = per_step or batch["position"] * h * w
             last = batch["position"]
-            share = draw(self.place(images), batch["noise"], batch.get("weight"), wanted)
+            share = draw(self.encoder(images), batch["noise"], batch.get("weight"), wanted)
             drawn = share if drawn is None else merge([drawn, share], wanted)
         assert drawn is not None, "a run has batches"
-        self.quantizer.start(*drawn, per_step)
+        keys, vectors = gather_drawn(*drawn)
+        vectors = vectors[keys < NEVER]  # without rows that only pad
+        mean, std = vectors.mean(dim=0), vectors.std(dim=0).clamp(min=1e-6)
+        self.encoder.standardize(mean, std)
+        if isinstance(self.quantizer, Codebook):
+            self.quantizer.start(self.quantizer.place((vectors - mean) / std), per_step)
 
     def after_step(self, step: int, progress: Tensor) -> None:
         """Let the quantizer apply what it collected."""
-        if hasattr(self.quantizer, "update"):
+        if isinstance(self.quantizer, Codebook):
             self.quantizer.update()
 
     def is_finite(self) -> Tensor:
