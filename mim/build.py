@@ -25,6 +25,7 @@ from mim.data import make, shards, stream
 from mim.data.location import redact
 from mim.data.mixture import AnyDataset, Mixture
 from mim.log import say
+from tokenizer.card import RED, verdict
 
 Sections = dict[str, Any]
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -280,10 +281,24 @@ def tokenizer_path(section: dict[str, Any]) -> Path:
     return newest
 
 
+def check_tokenizer(section: dict[str, Any] | None) -> list[str]:
+    """The verdict on a frozen tokenizer as a start line; a red one is refused, unless `tokenizer.force` is true."""
+    if section is None or not section.get("path"):
+        return []
+    folder = tokenizer_path(section)
+    colour, reason = verdict(tokenizers.card(folder), tokenizers.load(folder).num_codes)
+    if colour == RED and not section.get("force"):
+        raise ConfigError(
+            f"the tokenizer in {folder} is red: {reason}; train a better one (`mim eval codebook {section['path']}` "
+            f"shows it), or set tokenizer.force=true"
+        )
+    return [f"tokenizer {folder} is {colour}: {reason}"]
+
+
 def _frozen_tokenizer(section: dict[str, Any], load: bool) -> Any:
-    unknown = set(section) - {"recipe", "path", "image_size"}
+    unknown = set(section) - {"recipe", "path", "image_size", "force"}
     if unknown:
-        raise ConfigError(f"tokenizer.{min(unknown)} is not a known key; known here: recipe, path, image_size")
+        raise ConfigError(f"tokenizer.{min(unknown)} is not a known key; known here: recipe, path, image_size, force")
     if load:
         return tokenizers.load(tokenizer_path(section))
     recipe = config.read(section["recipe"])
@@ -298,7 +313,7 @@ def _frozen_teacher(section: dict[str, Any], load: bool) -> tuple[Teacher, dict[
         raise ConfigError(f"teacher.{min(unknown)} is not a known key; known here: recipe, path, step")
     if not load:
         built = build(config.read(section["recipe"]), load_frozen=False)
-        return Teacher(built.encoder, image_size(built.views.data)), section
+        return Teacher(built.encoder, image_size(built.views.data)).eval().requires_grad_(False), section
     again = f"; train one first, e.g. `mim train {section.get('recipe', 'RECIPE')} train.run={section.get('path')}`"
     if not section.get("path"):
         raise ConfigError("teacher.path is missing: the run of a trained encoder, e.g. teacher.path=runs/mae")

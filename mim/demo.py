@@ -34,7 +34,7 @@ from mim.data.make import make
 from mim.data.order import rng
 from mim.evals import codebook, knn, ridge
 from mim.exports import timm as timm_export
-from mim.features import Embed, Split, labelled_splits, pooled
+from mim.features import Embed, Split, labelled_splits, pooled, ridge_accuracy
 from mim.log import clock, say, write_json
 from mim.train import DONE, STOPPED
 
@@ -270,7 +270,7 @@ def _probe(loaded: dict[str, LoadedRun]) -> dict[str, dict[str, float]]:
         bank, queries = Split(x, splits[0].labels), Split(y, splits[1].labels)
         rows[name] = {
             "knn": knn.knn_accuracy(bank, queries, k=knn_cfg.k, temperature=knn_cfg.temperature),
-            "ridge": ridge.ridge_accuracy(bank, queries, strengths=ridge_cfg.strengths),
+            "ridge": ridge_accuracy(bank, queries, strengths=ridge_cfg.strengths),
         }
     return rows
 

@@ -1,11 +1,13 @@
-"""Features of a labelled split, for the evaluations that compare them."""
+"""What evaluations share: features of a labelled split, the ridge that judges them, and sheets of pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from mim import build
@@ -79,3 +81,46 @@ def labelled_splits(
         extract(train, loaded.views, embed, batch_size=batch_size, limit=train_limit),
         extract(val, loaded.views, embed, batch_size=batch_size, limit=val_limit),
     )
+
+
+def ridge_accuracy(train: Split, val: Split, *, strengths: list[float]) -> float:
+    """Held-out accuracy of the ridge whose strength does best on every tenth training sample."""
+    held = torch.arange(len(train.labels)) % 10 == 9
+    inner = Split(train.features[~held], train.labels[~held])
+    choice = Split(train.features[held], train.labels[held])
+    accuracies = _accuracies(inner, choice, strengths) if len(strengths) > 1 else [1.0]
+    best = max(range(len(strengths)), key=accuracies.__getitem__)
+    return _accuracies(train, val, [strengths[best]])[0]
+
+
+def _accuracies(train: Split, val: Split, strengths: list[float]) -> list[float]:
+    """Accuracy on `val` of the ridge of each strength."""
+    mean, std = train.features.mean(dim=0), train.features.std(dim=0) + 1e-6
+    queries = F.pad((val.features - mean) / std, (0, 1), value=1.0).double()
+    fits = _fits((train.features - mean) / std, train.labels, strengths)
+    return [float(((queries @ weights).argmax(dim=1) == val.labels).double().mean()) for weights in fits]
+
+
+def _fits(x: Tensor, labels: Tensor, strengths: list[float]) -> Iterator[Tensor]:
+    """Solve (X'X + s n I) W = X'Y for each strength s in float64, with an unpenalised bias last: (D + 1, classes)."""
+    x = F.pad(x, (0, 1), value=1.0).double()  # (n, D + 1)
+    gram, moments = x.T @ x, x.T @ F.one_hot(labels).double()  # (D + 1, D + 1), (D + 1, classes)
+    penalised = torch.ones(len(gram), dtype=torch.float64)
+    penalised[-1] = 0
+    for strength in strengths:
+        yield torch.linalg.solve(gram + torch.diag(strength * len(x) * penalised), moments)
+
+
+def in_colour(images: Tensor) -> Tensor:
+    """Images (B, C, H, W) as (B, 3, H, W): the first three channels, or the first as gray."""
+    return images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
+
+
+def sheet(cells: Tensor, height: int) -> Image.Image:
+    """Cells (rows, columns, 3, H, W) in [0, 1] as one picture, each `height` pixels high."""
+    width = round(height * cells.shape[-1] / cells.shape[-2])
+    rows, columns = cells.shape[:2]
+    resized = F.interpolate(cells.flatten(0, 1), (height, width), mode="nearest").unflatten(0, (rows, columns))
+    padded = F.pad(resized, (2, 2, 2, 2), value=1.0)
+    pixels = padded.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (rows * h, columns * w, 3)
+    return Image.fromarray((pixels * 255).round().to(torch.uint8).numpy())

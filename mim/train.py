@@ -81,6 +81,7 @@ class Job:
     optimizer: Any
     ema: dict[str, Tensor]
     recipe: str
+    card: dict[str, float] = field(default_factory=dict)  # of the tokenizer that is trained, as last evaluated
 
     @property
     def objective(self) -> Any:
@@ -117,6 +118,8 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
     # ---- data and networks -------------------------------------------------------------------------------------------
     with accelerator.main_process_first():
         dataset, _ = build.open_data(config.plain(cfg))
+    for line in build.check_tokenizer(cfg.tokenizer):
+        say(line, main=main_rank)
     rates = optim.resolve(cfg.optim, len(dataset))
     intervals(cfg, len(dataset))  # a mistake in them is refused here, before anything is written
     torch.manual_seed(cfg.optim.seed)
@@ -153,6 +156,7 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
     state: dict[str, Any] = {"step": 0}
     if resumed is not None:
         state = checkpoint.restore(resumed, model, optimizer.optimizer, ema)
+        job.card = tokenizers.card(resumed)
         journal.restore(state.get("bad", []))
         say(
             f"resumed at step {state['step']} of {rates.total_steps}, position {state['position']} of the stream",
@@ -416,6 +420,8 @@ def look(job: Job, name: str, step: int, log: RunLog | None) -> None:
         job.accelerator.log({f"{name}/{key}": value for key, value in numbers.items()}, step=step)
         if log is not None:
             log.write("eval", step, eval=name, **numbers, **pictures)
+        if name == "codebook":
+            job.card = numbers
     job.accelerator.wait_for_everyone()
 
 
@@ -478,7 +484,8 @@ def write_tokenizer(job: Job, folder: Path) -> None:
             return
         section = job.built.sections["tokenizer"]
         options = {key: value for key, value in section.items() if key != "name"}
-        tokenizers.save(objective.tokenizer, folder, name=section["name"], config=options, card=objective.card())
+        card = job.card or objective.card()  # held-out images, if the recipe evaluates them
+        tokenizers.save(objective.tokenizer, folder, name=section["name"], config=options, card=card)
 
 
 def status(job: Job, state: str, step: int) -> None:

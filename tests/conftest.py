@@ -17,9 +17,12 @@ from tokenizer import dvae
 torch.set_num_threads(1)  # on tensors this small, threads cost more than they bring
 
 CLASSES = ("columns", "rows", "slopes")
+CONVOLUTIONS = {"target": "pixels", "network": "conv", "stride": 8, "width": 8, "depth": 1, "decoder_width": 8}
 TINY = {
     "vit": {"model": "vit_tiny_patch16_224", "width": 32, "depth": 2, "num_heads": 2, "patch_size": 8},
     "dvae": {"num_codes": 16, "width": 8, "n_init": 8, "num_groups": 4, "blocks_per_group": 1},
+    "vqkd": {**CONVOLUTIONS, "num_codes": 16, "code_width": 8},
+    "fsq": {**CONVOLUTIONS, "levels": [4, 4]},
     "mae": {"decoder_width": 16, "decoder_depth": 1, "decoder_num_heads": 2},
     "beit": {"num_codes": 16},
 }  # options that make a component small; one that is not named here is small enough as it is

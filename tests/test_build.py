@@ -1,5 +1,7 @@
 """The wiring: numbers that contradict each other are refused before anything runs, with the number that is right."""
 
+import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -116,7 +118,22 @@ def test_a_tokenizer_without_a_path_is_refused(recipe):
 def test_a_mistyped_key_of_a_frozen_tokenizer_is_refused(recipe):
     sections = recipe("beit")
     sections["tokenizer"]["img_size"] = 32
-    assert refusal(sections) == "tokenizer.img_size is not a known key; known here: recipe, path, image_size"
+    assert refusal(sections) == "tokenizer.img_size is not a known key; known here: recipe, path, image_size, force"
+
+
+@pytest.mark.parametrize(("usage", "force", "refused"), [(0.01, False, True), (0.01, True, False), (0.9, False, False)])
+def test_a_red_tokenizer_is_refused_unless_forced(saved_tokenizer, tmp_path, usage, force, refused):
+    shutil.copytree(saved_tokenizer, tmp_path / "tokenizer")
+    description = tmp_path / "tokenizer" / "tokenizer.json"
+    card = {"usage": usage, "perplexity": 10.0}
+    description.write_text(json.dumps({**json.loads(description.read_text()), "card": card}))
+    section = {"recipe": "dvae", "path": str(tmp_path / "tokenizer"), "force": force}
+    if refused:
+        with pytest.raises(ConfigError, match=r"is red: 1% of the codes are used.*or set tokenizer.force=true"):
+            build.check_tokenizer(section)
+    else:
+        (line,) = build.check_tokenizer(section)
+        assert (" is red: " if force else " is green: ") in line
 
 
 # ---- objective -----------------------------------------------------------------------------------

@@ -1,7 +1,5 @@
 """Codes on held-out images: counted exactly, with the baseline that tells a skewed codebook from a good prediction."""
 
-import math
-
 import pytest
 import torch
 
@@ -83,12 +81,13 @@ def test_the_baseline_is_counted_on_the_training_split(loaded):
     assert asked == [len(val), 10]
 
 
-def test_a_tokenizer_run_has_codes_but_no_accuracy(loaded_run):
+def test_a_tokenizer_run_has_a_score_card_and_pictures_but_no_accuracy(loaded_run):
     found = dict(codebook.run(loaded_run("tokenize"), codebook.Config()))
-    assert set(found) == {"usage", "perplexity"}
-    assert 0 < found["usage"] <= 1
+    shares = {"usage", "surprise", "distinct", "stable_shift", "stable_jitter", "recon_mae", "probe"}
+    assert set(found) == {*shares, "perplexity", "dead", "codes", "patches"}
+    assert all(0 <= found[name] <= 1 for name in shares)
     assert 1 <= found["perplexity"] <= 16
-    assert not math.isnan(found["perplexity"])
+    assert found["dead"] <= 16 * (1 - found["usage"])
 
 
 def test_a_run_without_a_tokenizer_is_refused(loaded_run):

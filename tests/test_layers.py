@@ -14,6 +14,7 @@ LEVELS = [
     {"mim.checkpoint"},
     {"mim.build"},
     {"mim.features"},
+    {"mim.codes"},
     {"mim.evals", "mim.exports", "mim.report"},
     {"mim.train"},
     {"mim.demo", "mim.shard_commands"},

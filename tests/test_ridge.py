@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from mim import features
 from mim.evals import ridge
-from mim.evals.ridge import ridge_accuracy
-from mim.features import Split
+from mim.features import Split, ridge_accuracy
 
 STRENGTHS = [1e-3, 1e-2, 1e-1, 1.0]
 
@@ -43,7 +43,7 @@ def test_the_fit_solves_its_equation():
     """The gradient of sum |xw - y|^2 + s n |w|^2 vanishes, with the bias outside the penalty."""
     generator = torch.Generator().manual_seed(0)
     x, labels = torch.randn(50, 6, generator=generator), torch.randint(3, (50,), generator=generator)
-    weights = next(ridge._fits(x, labels, [0.3]))
+    weights = next(features._fits(x, labels, [0.3]))
     assert weights.shape == (7, 3)
     y = torch.nn.functional.one_hot(labels).double()
     residual = torch.cat([x, torch.ones(50, 1)], dim=1).double() @ weights - y
@@ -54,20 +54,20 @@ def test_the_fit_solves_its_equation():
 
 def test_a_huge_ridge_leaves_only_the_frequencies_of_the_classes():
     x, labels = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 1] * 20)
-    weights = next(ridge._fits(x, labels, [1e9]))
+    weights = next(features._fits(x, labels, [1e9]))
     assert weights[:-1].abs().max() < 1e-6
     assert weights[-1].tolist() == pytest.approx([1 / 3, 2 / 3], abs=1e-6)
 
 
 def test_the_strength_is_chosen_on_the_training_split_alone(monkeypatch):
     asked = []
-    accuracies = ridge._accuracies
+    accuracies = features._accuracies
 
     def recorded(train, val, strengths):
         asked.append((len(train.labels), len(val.labels), len(strengths)))
         return accuracies(train, val, strengths)
 
-    monkeypatch.setattr(ridge, "_accuracies", recorded)
+    monkeypatch.setattr(features, "_accuracies", recorded)
     ridge_accuracy(clusters(300), clusters(77, seed=1), strengths=[0.1, 1.0])
     assert asked == [(270, 30, 2), (300, 77, 1)]
 

@@ -54,9 +54,16 @@ class Tokenizer(Protocol):
 def save(tokenizer: nn.Module, folder: str | Path, *, name: str, config: dict[str, Any], card: dict[str, Any]) -> None:
     """Writes a tokenizer: `name` is its module in this folder, `config` the fields of its Config, `card` its scores."""
     folder = Path(folder)
+    state = {key: tensor.contiguous() for key, tensor in tokenizer.state_dict().items()}
+    broken = sorted(key for key, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all())
+    if broken:
+        raise ValueError(
+            f"the tokenizer for {folder} holds values that are not finite, first in {broken[0]}; "
+            f"start again from an earlier checkpoint with a lower optim.lr"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     description = {"format": FORMAT, "version": VERSION, "name": name, "config": config, "card": card}
-    save_file({key: tensor.contiguous() for key, tensor in tokenizer.state_dict().items()}, folder / WEIGHTS)
+    save_file(state, folder / WEIGHTS)
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2, sort_keys=True) + "\n")
 
 
@@ -77,6 +84,12 @@ def load(folder: str | Path) -> Any:
     _require_same_layout(state, tokenizer.state_dict(), folder / WEIGHTS)
     tokenizer.load_state_dict(state)
     return tokenizer.requires_grad_(False).eval()
+
+
+def card(folder: str | Path) -> dict[str, float]:
+    """The score card of the tokenizer in a folder; empty when it has none, or there is no tokenizer."""
+    file = Path(folder) / DESCRIPTION
+    return _description(file).get("card", {}) if file.is_file() else {}
 
 
 def names() -> list[str]:

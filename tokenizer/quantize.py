@@ -72,8 +72,13 @@ def code_counts(codes: Tensor, num_codes: int, weight: Tensor | None = None) -> 
 
 
 def usage(counts: Tensor) -> Tensor:
-    """Fraction of the codes that occur at all, 0-d in [0, 1]."""
-    return (counts > 0).float().mean()
+    """Fraction of the codes that are in use, 0-d in [0, 1]: at least a tenth as frequent as if all were equally."""
+    return ((counts > 0) & (counts >= 0.1 * counts.sum() / len(counts))).float().mean()
+
+
+def dead(counts: Tensor) -> Tensor:
+    """How many codes do not occur at all, 0-d."""
+    return (counts == 0).sum()
 
 
 def perplexity(counts: Tensor) -> Tensor:

@@ -115,8 +115,3 @@ class VectorTokenizer(nn.Module):
         """Let the quantizer apply what it collected."""
         if isinstance(self.quantizer, Codebook):
             self.quantizer.update()
-
-    def is_finite(self) -> Tensor:
-        """0-d bool: whether every number of the quantizer is."""
-        tensors = [value for value in self.quantizer.buffers() if value.is_floating_point()]
-        return torch.stack([value.isfinite().all() for value in tensors]).all() if tensors else torch.tensor(True)

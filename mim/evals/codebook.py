@@ -1,68 +1,108 @@
-"""What a tokenizer's codes look like on held-out images, and how well a run predicts the masked ones.
+"""Score card of a tokenizer on held-out images, and how well a run predicts the masked codes.
 
-Accuracy alone says little: a code that fills half of all patches is easy to guess. So the unigram baseline (always the
-most frequent code of the training split) stands beside it.
+A tokenizer is worth a pretraining when its codes are in use, decode to what they came from, stay when the picture
+changes a little, cannot be guessed from a neighbour, and tell something about the image. Accuracy of prediction alone
+says little: a code that fills half of all patches is easy to guess, so the unigram baseline (always the most frequent
+code of the training split) stands beside it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from mim import build
+from mim import build, codes
 from mim.config import ConfigError
-from mim.contracts import LoadedRun, NamedValues
-from mim.data import stream
-from tokenizer.quantize import code_counts, perplexity, usage
+from mim.contracts import Batch, LoadedRun, NamedValues
+from mim.data.mixture import AnyDataset
+from mim.features import Split, ridge_accuracy
+from mim.log import say
+from tokenizer.card import verdict
+from tokenizer.quantize import code_counts, dead, perplexity, usage
 
 
 @dataclass
 class Config:
-    train_limit: int = 2000  # images of the training split from which the unigram baseline is counted
-    val_limit: int | None = None  # held-out images; null: all
+    train_limit: int = 2000  # images of the training split: for the unigram baseline, and for the probe
+    val_limit: int | None = 2000  # held-out images; null: all
     batch_size: int = 128
+    pictures: bool = True  # of a tokenizer's run: its codes over images, and the patches of the most used ones
 
 
 def run(loaded: LoadedRun, cfg: Config) -> NamedValues:
-    """Yield usage and perplexity of the codes; for a run that predicts them also accuracy and its unigram baseline."""
+    """Yield the score card of a tokenizer's run, or usage, accuracy and its unigram baseline of a run that predicts."""
     tokenizer = loaded.frozen.get("tokenizer") or getattr(loaded.objective, "tokenizer", None)
     if tokenizer is None:
         raise ConfigError(f"{loaded.path} has no tokenizer; this evaluation needs a tokenizer run or a BEiT run")
     train, val = build.open_data(loaded.config)
-    predicts = loaded.encoder is not None
+    held_out = val if val is not None else train
+
+    def look_at(dataset: AnyDataset, limit: int | None) -> Iterator[Batch]:
+        return codes.batches(loaded, dataset, tokenizer, batch_size=cfg.batch_size, limit=limit)
+
+    if loaded.encoder is not None:
+        yield from _prediction(loaded, tokenizer, look_at(held_out, cfg.val_limit), look_at(train, cfg.train_limit))
+        return
+    card = dict(_card(tokenizer, look_at(held_out, cfg.val_limit)))
+    if held_out.classes is not None and val is not None:
+        card["probe"] = _probe(tokenizer, look_at(train, cfg.train_limit), look_at(val, cfg.val_limit))
+    yield from card.items()
+    colour, reason = verdict(card, tokenizer.num_codes)
+    say(f"tokenizer is {colour}: {reason}")
+    if cfg.pictures:
+        yield from codes.pictures(tokenizer, look_at(held_out, min(cfg.val_limit or 512, 512)))
+
+
+def _card(tokenizer: Any, batches: Iterator[Batch]) -> NamedValues:
     counts = torch.zeros(tokenizer.num_codes, dtype=torch.int64)
-    masked_counts = torch.zeros_like(counts)
-    right = total = 0.0
-    for batch in _batches(loaded, val if val is not None else train, tokenizer, cfg, cfg.val_limit):
+    parts_of: dict[str, list[Tensor]] = {}
+    for batch in batches:
+        images = codes.images_of(batch)
+        grid = tokenizer.grid((images.shape[-2], images.shape[-1]))
+        name, loss = codes.misfit(tokenizer, batch, grid)
+        values = {
+            name: loss,
+            "distinct": codes.neighbours_differ(batch["codes"], grid),
+            "stable_shift": codes.under_shift(tokenizer, batch, grid),
+        }
+        if images.shape[1] == 3:
+            values["stable_jitter"] = codes.under_jitter(tokenizer, batch)
+        for name, value in values.items():
+            parts_of.setdefault(name, []).append(value.double().cpu())
         counts += code_counts(batch["codes"], tokenizer.num_codes).cpu()
-        if predicts:
-            out = loaded.objective(batch, batch["weight"].new_ones(()))
-            right, total = right + float(out["accuracy"].sum()), total + len(out["accuracy"])
-            masked_counts += code_counts(batch["codes"][batch["mask"]], tokenizer.num_codes).cpu()
     yield "usage", float(usage(counts))
     yield "perplexity", float(perplexity(counts))
-    if predicts:
-        train_counts = torch.zeros_like(counts)
-        for batch in _batches(loaded, train, tokenizer, cfg, cfg.train_limit):
-            train_counts += code_counts(batch["codes"], tokenizer.num_codes).cpu()
-        yield "accuracy", right / total
-        yield "unigram_accuracy", float(masked_counts[train_counts.argmax()] / masked_counts.sum())
+    yield "dead", float(dead(counts))
+    yield "surprise", float(1 - counts.max() / counts.sum())
+    for name, parts in parts_of.items():
+        yield name, float(torch.cat(parts).mean())
 
 
-def _batches(loaded: LoadedRun, dataset, tokenizer, cfg: Config, limit: int | None):
-    """Held-out views with their codes and, if the run masks, the same masks each time."""
-    device = next(tokenizer.parameters()).device
-    views = loaded.views
-    for batch in stream.evaluate(
-        dataset,
-        view=views.evaluation,
-        sizes=views.sizes,
-        mask=views.mask,
-        channels=views.data.channels,
-        batch_size=cfg.batch_size,
-        limit=limit,
-    ):
-        batch = stream.to_device(batch, device)
-        build.write_targets({"tokenizer": tokenizer}, batch)
-        yield batch
+def _probe(tokenizer: Any, train: Iterator[Batch], val: Iterator[Batch]) -> float:
+    """Accuracy of a linear probe on which codes an image has, wherever they are."""
+
+    def split(batches: Iterator[Batch]) -> Split:
+        found = [(codes.histogram(b["codes"], tokenizer.num_codes).cpu(), b["labels"].cpu()) for b in batches]
+        x, y = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return Split(x[y >= 0], y[y >= 0])
+
+    return ridge_accuracy(split(train), split(val), strengths=[1e-2, 1e-1, 1.0, 10.0])
+
+
+def _prediction(loaded: LoadedRun, tokenizer: Any, val: Iterator[Batch], train: Iterator[Batch]) -> NamedValues:
+    counts, masked, seen = (torch.zeros(tokenizer.num_codes, dtype=torch.int64) for _ in range(3))
+    right: list[Tensor] = []
+    for batch in val:
+        counts += code_counts(batch["codes"], tokenizer.num_codes).cpu()
+        right.append(loaded.objective(batch, batch["weight"].new_ones(()))["accuracy"].cpu())
+        masked += code_counts(batch["codes"][batch["mask"]], tokenizer.num_codes).cpu()
+    for batch in train:
+        seen += code_counts(batch["codes"], tokenizer.num_codes).cpu()
+    yield "usage", float(usage(counts))
+    yield "perplexity", float(perplexity(counts))
+    yield "accuracy", float(torch.cat(right).mean())
+    yield "unigram_accuracy", float(masked[seen.argmax()] / masked.sum())

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from mim import build
 from mim.contracts import LoadedRun, NamedValues
 from mim.data import stream
+from mim.features import in_colour, sheet
 
 
 @dataclass
@@ -48,21 +48,10 @@ def run(loaded: LoadedRun, cfg: Config) -> NamedValues:
     if "mask" in batch:
         hidden = _pixels(batch["mask"], loaded.encoder.grid(images.shape[-2:]), images)
         columns = [images, torch.where(hidden, 0.5, images), pred, torch.where(hidden, pred, images)]
-    yield "reconstruction", _sheet(torch.stack(columns, dim=1).cpu(), cfg.height)
+    yield "reconstruction", sheet(torch.stack([in_colour(c).cpu() for c in columns], dim=1), cfg.height)
 
 
 def _pixels(mask: Tensor, grid: tuple[int, int], images: Tensor) -> Tensor:
     """Masks (B, N) as bool images (B, 1, H, W)."""
     square = mask.reshape(len(mask), 1, *grid).float()
     return F.interpolate(square, images.shape[-2:], mode="nearest").bool()
-
-
-def _sheet(cells: Tensor, height: int) -> Image.Image:
-    """Cells (B, columns, C, H, W) in [0, 1] as one picture with B rows."""
-    width = round(height * cells.shape[-1] / cells.shape[-2])
-    b, columns, c = cells.shape[:3]
-    resized = F.interpolate(cells.flatten(0, 1), (height, width), mode="nearest").reshape(b, columns, c, height, width)
-    resized = resized[:, :, :3] if c >= 3 else resized[:, :, :1].expand(-1, -1, 3, -1, -1)
-    padded = F.pad(resized, (2, 2, 2, 2), value=1.0)
-    sheet = padded.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (B * h, columns * w, 3)
-    return Image.fromarray((sheet * 255).round().to(torch.uint8).numpy())
