@@ -286,7 +286,7 @@ def check_tokenizer(section: dict[str, Any] | None) -> list[str]:
     if section is None or not section.get("path"):
         return []
     folder = tokenizer_path(section)
-    colour, reason = verdict(tokenizers.card(folder), tokenizers.load(folder).num_codes)
+    colour, reason = verdict(tokenizers.score_card(folder), tokenizers.load(folder).num_codes)
     if colour == RED and not section.get("force"):
         raise ConfigError(
             f"the tokenizer in {folder} is red: {reason}; train a better one (`mim eval codebook {section['path']}` "

@@ -156,7 +156,7 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
     state: dict[str, Any] = {"step": 0}
     if resumed is not None:
         state = checkpoint.restore(resumed, model, optimizer.optimizer, ema)
-        job.card = tokenizers.card(resumed)
+        job.card = tokenizers.score_card(resumed)
         journal.restore(state.get("bad", []))
         say(
             f"resumed at step {state['step']} of {rates.total_steps}, position {state['position']} of the stream",

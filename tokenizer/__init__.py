@@ -86,7 +86,7 @@ def load(folder: str | Path) -> Any:
     return tokenizer.requires_grad_(False).eval()
 
 
-def card(folder: str | Path) -> dict[str, float]:
+def score_card(folder: str | Path) -> dict[str, float]:
     """The score card of the tokenizer in a folder; empty when it has none, or there is no tokenizer."""
     file = Path(folder) / DESCRIPTION
     return _description(file).get("card", {}) if file.is_file() else {}
