@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from mim.contracts import DataError
-from mim.data.index import Options, Task, index, index_shard
+from mim.data.index import index
+from mim.data.index_tar import Options, Task, index_shard
 from mim.data.make import make
 from mim.data.reshard import reshard
 from mim.data.shards import LOCK, Dataset, read_lock

@@ -13,7 +13,8 @@ from PIL import Image
 from mim import config, train
 from mim.config import ConfigError
 from mim.contracts import DataError
-from mim.data.index import Options, Task, index, index_shard
+from mim.data.index import index
+from mim.data.index_tar import Options, Task, index_shard
 from mim.data.join import join
 from mim.data.parts import Part
 from mim.data.shards import LOCK, Dataset, inspect, read_lock

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +33,7 @@ from mim.data.decode import MAX_BYTES
 from mim.data.formats import DTYPES
 from mim.data.location import check_storable, is_remote
 from mim.data.store import Store
+from mim.log import write_json
 
 FORMAT = 1
 LOCK = "dataset.lock.json"
@@ -294,14 +294,9 @@ def read_lock(path: Path) -> dict[str, Any]:
 
 
 def write_lock(path: Path, lock: dict[str, Any]) -> None:
-    """Write the lock under a temporary name, then rename: a dataset folder has a whole lock or none."""
+    """Write the lock: a dataset folder has a whole one or none."""
     _check_locations(path / LOCK, lock)
-    temporary = path / f"{LOCK}.tmp"
-    with temporary.open("w", encoding="ascii") as file:
-        file.write(json.dumps(lock, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path / LOCK)
+    write_json(path / LOCK, lock)
 
 
 def _check_locations(file: Path, lock: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ listed by ranges, without CRC32.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from mim.contracts import DataError
 from mim.data.store import Store
 
 BLOCK = 512
+RECORD = 20 * BLOCK  # what tar writers fill up with zeros
 MAX_EXTENSION = 64 * 1024  # bytes of one pax or long-name record; real ones hold a path
 MAX_NAME = 255  # bytes
 MAX_MEMBERS = 1 << 20  # of one tar: bounds what a listing of it can take in memory
@@ -118,8 +119,11 @@ def scan(
     keep: int = 0,  # bytes: the data of members up to this size comes with them
     headers_only: bool = False,
     digest: Any = None,  # of hashlib: sees the whole file; with `headers_only`, headers and name records
-) -> Iterator[Member]:
-    """Yield the regular files of a tar in order; raise DataError with file and offset on anything unexpected."""
+) -> Generator[Member, None, int]:
+    """Yield the regular files of a tar in order; raise DataError with file and offset on anything unexpected.
+
+    Returns how many zero bytes follow the end: tar writers fill up a record (RECORD), a lost tail may be longer.
+    """
     chunk = HEADERS_CHUNK if headers_only else CHUNK
     file = Forward(str(location), store or Store(), digest=None if headers_only else digest, chunk=chunk)
     see = digest.update if headers_only and digest is not None else lambda _: None
@@ -134,8 +138,7 @@ def scan(
         header = file.take(BLOCK)
         see(header)
         if not any(header):
-            _check_end(file, at)
-            return
+            return _check_end(file, at)
         size, kind = parse(header, path, at)
         if long_size is not None:
             size, long_size = long_size, None
@@ -229,14 +232,19 @@ def _content(file: Forward, size: int, *, keep: int, headers_only: bool) -> tupl
     return crc32, data
 
 
-def _check_end(file: Forward, at: int) -> None:
-    """A tar ends with two zero blocks and nothing after them: a member hidden behind the end would be lost silently."""
+def _check_end(file: Forward, at: int) -> int:
+    """A tar ends with two zero blocks and only zeros after them: a member hidden there would be lost silently.
+
+    Returns the number of these zeros.
+    """
     if file.at + BLOCK > file.size or any(file.take(BLOCK)):
         raise refusal(file.location, at, "one zero block where the end needs two; the file is truncated or damaged")
+    padding = file.size - file.at
     while left := file.size - file.at:
         rest = file.take(min(left, CHUNK))
         if rest.count(0) != len(rest):
             raise refusal(file.location, at, "data follows the end of the archive (were two tars concatenated?)")
+    return padding
 
 
 def _checked_name(raw: bytes, path: str, at: int) -> str:
