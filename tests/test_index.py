@@ -20,23 +20,12 @@ from mim.data.parts import Part
 from mim.data.shards import LOCK, Dataset, inspect, read_lock
 from mim.data.store import Store
 from mim.data.verify import verify
+from tests import tiny
+from tests.tiny import write_tar
 
 
-def picture(i, kind="JPEG"):
-    pixels = np.random.default_rng(i).integers(0, 256, (8, 10, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def write_tar(path, members, format=tarfile.PAX_FORMAT):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=format) as archive:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return path
+def picture(i):
+    return tiny.picture(i, (8, 10))
 
 
 def samples(first, count, **more):

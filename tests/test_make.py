@@ -19,13 +19,7 @@ from mim.data.join import join
 from mim.data.make import make
 from mim.data.parts import Part, parse_part
 from mim.data.shards import Dataset, is_dataset, read_lock
-
-
-def picture(i, size=(20, 30), kind="JPEG"):
-    pixels = np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind)
-    return buffer.getvalue()
+from tests.tiny import picture, write_tar
 
 
 @pytest.fixture(scope="module")
@@ -259,15 +253,6 @@ def test_an_image_that_a_list_names_and_that_is_gone_is_left_out_by_name(folder,
 
 
 # ---- tars and saved datasets ---------------------------------------------------------------------
-
-
-def write_tar(path, members):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
 
 
 def test_tars_are_written_anew_with_their_labels(tmp_path):

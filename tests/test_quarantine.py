@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from mim import train
-from mim.config import ConfigError, to_yaml, typed
+from mim.config import ConfigError, typed
 from mim.contracts import DataError
 from mim.data import quarantine, stream
 from mim.data.augment import center, crop
@@ -19,6 +19,7 @@ from mim.data.quarantine import Bad, Journal, read_quarantine
 from mim.data.shards import Dataset
 from mim.data.stream import evaluate, loader
 from tests import damage
+from tests.tiny import write_recipe
 
 BAD = [0, 8, 9, 21]  # of 30 samples in shards of 7
 
@@ -270,18 +271,7 @@ def test_findings_of_all_ranks_count_once_each():
 
 @pytest.fixture
 def recipe(dataset, tmp_path):
-    sections = {
-        "data": {"path": str(dataset.path), "image_size": 16, "view": {"name": "crop"}},
-        "mask": {"name": "random", "ratio": 0.75},
-        "encoder": {"name": "vit", "model": "vit_tiny_patch16_224", "width": 24, "depth": 1, "num_heads": 2,
-                    "patch_size": 4},
-        "objective": {"name": "mae", "decoder_width": 16, "decoder_depth": 1, "decoder_num_heads": 2},
-        "optim": {"batch_size": 6, "length": "12 steps", "warmup": "2 steps", "lr": 3e-3},
-        "train": {"log_every": "4 steps", "save_every": "5 steps", "workers": 0, "cpu": True},
-    }  # fmt: skip
-    path = tmp_path / "mae.yaml"
-    path.write_text(to_yaml(sections))
-    return str(path)
+    return write_recipe(tmp_path / "mae.yaml", {"path": str(dataset.path)}, "12 steps")
 
 
 def read_lines(file):

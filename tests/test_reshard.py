@@ -1,14 +1,11 @@
 """Another number of shards, the same samples."""
 
 import hashlib
-import io
 import json
 import shutil
-import tarfile
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from mim.config import ConfigError
 from mim.contracts import DataError
@@ -17,12 +14,7 @@ from mim.data.make import make
 from mim.data.reshard import reshard
 from mim.data.shards import LOCK, Dataset, read_lock
 from mim.data.verify import verify
-
-
-def picture(i):
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 9 + i % 3, 3), dtype=np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
+from tests.tiny import picture, write_tar
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +23,7 @@ def made(tmp_path_factory):
     for i in range(23):
         path = root / "in" / "xyü"[i % 3] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture(i))
+        path.write_bytes(picture(i, (8, 9 + i % 3), "PNG"))
     make(root / "in", root / "out", labels_from_folders=True, shard_size=9, workers=1)
     return root / "out"
 
@@ -66,11 +58,7 @@ def test_the_same_dataset_gives_the_same_bytes_with_any_number_of_workers(made, 
 
 def test_keys_of_foreign_tars_that_share_them_are_kept_apart(tmp_path):
     for name in ("a", "b"):
-        with tarfile.open(tmp_path / f"{name}.tar", "w") as archive:
-            for i in range(3):
-                info = tarfile.TarInfo(f"{i:05d}.PNG")
-                info.size = len(picture(i))
-                archive.addfile(info, io.BytesIO(picture(i)))
+        write_tar(tmp_path / f"{name}.tar", [(f"{i:05d}.PNG", picture(i, kind="PNG")) for i in range(3)])
     index([str(tmp_path / "a.tar"), str(tmp_path / "b.tar")], tmp_path / "index", workers=1)
     reshard(tmp_path / "index", tmp_path / "out", num_shards=1, workers=1)
     assert [key for key, _, _ in samples(tmp_path / "out")] == [f"{n}/{i:05d}" for n in "ab" for i in range(3)]

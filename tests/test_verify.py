@@ -1,13 +1,11 @@
 """What `mim shards verify` finds, and that it finds it wherever it is."""
 
 import hashlib
-import io
 import json
 import shutil
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from mim.contracts import DataError
 from mim.data import tar
@@ -18,13 +16,7 @@ from mim.data.parts import Part
 from mim.data.shards import LOCK, Dataset, dataset_id, read_lock
 from mim.data.tar import BLOCK
 from mim.data.verify import check_shard, verify
-
-
-def picture(i, kind="JPEG"):
-    pixels = np.random.default_rng(i).integers(0, 256, (9 + i % 5, 12, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind)
-    return buffer.getvalue()
+from tests.tiny import picture
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +26,7 @@ def made(tmp_path_factory):
     for i in range(18):
         path = root / "in" / ("a" if i % 2 else "ü") / f"{i:02d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture(i))
+        path.write_bytes(picture(i, (9 + i % 5, 12)))
     make(root / "in", root / "out", labels_from_folders=True, shard_size=7, workers=1)
     return root / "out"
 
