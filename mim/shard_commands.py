@@ -61,13 +61,18 @@ def shards_make(source: str, out: Path, resize: str | None, part: str | None, as
 def shards_join(out: Path, as_json: bool) -> None:
     """Join what all parts of `make`, `index` or `verify` left in OUT; may be repeated.
 
+    Of `verify` it tells what a run without parts would: also duplicates between parts, with the same exit code.
+
     \b
     Example:
       mim shards join shards/photos
     """
     from mim.data.join import join
 
-    tell(join(out), as_json)
+    report = join(out)
+    tell(report, as_json)
+    if not report.clean:
+        sys.exit(65)
 
 
 @shards.command("inspect")

@@ -211,6 +211,20 @@ def test_tars_are_indexed_and_parts_joined(mim, shards, tmp_path):
     )
 
 
+def test_parts_of_verify_are_joined_with_its_exit_code(mim, shards, tmp_path):
+    folder = shutil.copytree(shards / "train", tmp_path / "train")
+    for part in ("1/2", "2/2"):
+        assert mim("shards", "verify", folder, "--part", part, "--workers", "1")[0] == 0
+    assert mim("shards", "join", folder)[0] == 0
+    shard = sorted(folder.glob("*.tar"))[0]
+    shard.write_bytes(shard.read_bytes()[:-3000])
+    codes = [mim("shards", "verify", folder, "--part", part, "--workers", "1")[0] for part in ("1/2", "2/2")]
+    assert codes == [65, 0]
+    code, out, err = mim("shards", "join", folder, "--json")
+    assert (code, err) == (65, "")
+    assert json.loads(out)["verified"][0]["findings"][0]["shard"] == shard.name
+
+
 def test_a_data_set_is_copied_into_another_number_of_shards(mim, shards, tmp_path):
     code, out, _ = mim(
         "shards", "reshard", shards / "val", tmp_path / "out", "--shards", "3", "--workers", "1", "--json"

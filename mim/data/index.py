@@ -77,7 +77,7 @@ class IndexReport:
             lines.append(
                 f"{self.num_stale} of the shards were indexed anew: they or the options changed since the stop"
             )
-        lines += padding_told(self.padding)
+        lines += tar.padding_told(self.padding)
         for entry in self.left_out[:10]:
             lines.append(f"left out {entry['file']}: {entry['reason']}")
         if len(self.left_out) > 10:
@@ -148,15 +148,6 @@ def index(
         seconds=round(seconds, 3),
         images_per_second=round(read / seconds, 1),
     )
-
-
-def padding_told(padding: dict[str, int]) -> list[str]:
-    """Lines for people about tars that end with more zeros than tar writers leave."""
-    return [
-        f"warning: {count} zero bytes follow the end of {file}, more than the {tar.RECORD} that tar writers leave; if "
-        f"its tail was lost, samples are missing: compare it with its origin"
-        for file, count in padding.items()
-    ]
 
 
 def finish(out: Path, source: dict[str, Any], facts: list[dict[str, Any]], workers: int | None = None) -> None:

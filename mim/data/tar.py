@@ -278,3 +278,12 @@ def _octal(field: bytes) -> int:
 def refusal(path: str, at: int, reason: str) -> DataError:
     """What is wrong with a file at a byte, as the error that says so."""
     return DataError(f"{path}, byte {at}: {reason}")
+
+
+def padding_told(padding: dict[str, int]) -> list[str]:
+    """Lines for people about tars that end with more zeros than tar writers leave."""
+    return [
+        f"warning: {count} zero bytes follow the end of {file}, more than the {RECORD} that tar writers leave; if "
+        f"its tail was lost, samples are missing: compare it with its origin"
+        for file, count in padding.items()
+    ]
