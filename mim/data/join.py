@@ -34,9 +34,8 @@ class JoinReport:
         """The report for people."""
         done = "nothing to join, it is whole" if self.joined == "nothing" else f"joined the parts of {self.joined}"
         bad = "" if self.num_quarantined is None else f", {self.num_quarantined} of them in quarantine"
-        return "\n".join(
-            [f"{self.path}: {done}; {self.num_samples} samples{bad}", *(one.text() for one in self.verified)]
-        )
+        lines = [f"{self.path}: {done}; {self.num_samples} samples{bad}"]
+        return "\n".join(lines + [report.text() for report in self.verified])
 
 
 def join(out: Path | str) -> JoinReport:
