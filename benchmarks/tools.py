@@ -1,12 +1,13 @@
-"""Speed of the shard tools against the obvious stock way, in interleaved rounds, by the clock.
+"""Speed of the shard tools against the obvious stock way, in interleaved rounds, by the clock and by CPU time.
 
 In each round every variant of a tool runs once, as a user would start it: processes are started, OUT is new, files are
-synced. A ratio is the median over rounds of the ratio to the first variant of that round. MB/s are those of the encoded
+synced. A ratio is the median over rounds of the ratio to the first variant of that round. CPU time is that of all
+processes, so it says what a tool costs where the clock says how busy the machine was. MB/s are those of the encoded
 images that go in. Files come from the page cache.
 
     make      webdataset's ShardWriter in a loop over the folder, which decodes nothing; to resize, Pillow in that loop
     index     `tar -t` of every shard, which hashes nothing; ours also decodes up to 1000 images for the statistics,
-              which the rows "without statistics" leave out
+              which the rows "without statistics" leave out (they decode one)
     verify    `sha256sum` of every shard; with decode, WebDataset(...).decode("pil")
     reshard   WebDataset into ShardWriter
 
@@ -25,6 +26,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import PIL
@@ -92,7 +94,7 @@ def copy_samples(shards, size, out):
             writer.write({name: value for name, value in sample.items() if name not in ("__url__", "__local_path__")})
 
 
-# ---- variants: name -> function(out); one that returns seconds is believed -----------------------
+# ---- variants: name -> function(out) -------------------------------------------------------------
 
 
 def ours(name, run):
@@ -106,13 +108,13 @@ def make_variants(folder, files, shards, size):
     return [
         {
             "ShardWriter over the folder": change,
-            **ours("make", lambda out, workers: quiet(make, folder, out, shard_size=size, workers=workers)),
+            **ours("make", lambda out, workers: make(folder, out, shard_size=size, workers=workers)),
         },
         {
             f"Pillow to short side {SHORT}, ShardWriter": functools.partial(change, change=shrink),
             **ours(
                 f"make --resize short={SHORT}",
-                lambda out, workers: quiet(make, folder, out, shard_size=size, short=SHORT, workers=workers),
+                lambda out, workers: make(folder, out, shard_size=size, short=SHORT, workers=workers),
             ),
         },
     ]
@@ -120,10 +122,11 @@ def make_variants(folder, files, shards, size):
 
 def index_variants(folder, files, shards, size):
     def run(out, workers, **options):
-        quiet(index, [str(shards)], out, workers=workers, **options)
+        index([str(shards)], out, workers=workers, **options)
 
     def without_statistics(out, workers, **options):
-        return index([str(shards)], out, workers=workers, **options).seconds
+        with mock.patch("mim.data.index.NUM_MEASURED", 1):
+            run(out, workers, **options)
 
     return [
         {
@@ -152,52 +155,65 @@ def verify_variants(folder, files, shards, size):
 def reshard_variants(folder, files, shards, size):
     count = NUM_SHARDS // 2
     run = functools.partial(copy_samples, shards, -(-len(files) // count))
-    copy = ours("reshard", lambda out, workers: quiet(reshard, shards, out, num_shards=count, workers=workers))
+    copy = ours("reshard", lambda out, workers: reshard(shards, out, num_shards=count, workers=workers))
     return [{"WebDataset into ShardWriter": run, **copy}]
-
-
-def quiet(function, *arguments, **options):
-    """Call without returning: what a variant returns is seconds."""
-    function(*arguments, **options)
 
 
 # ---- rounds --------------------------------------------------------------------------------------
 
 
+def cpu_seconds():
+    """Of this process and of all that it has started and that have ended."""
+    return sum(os.times()[:4])
+
+
 def seconds_of(run):
-    """Seconds of one run into a new folder."""
+    """Seconds by the clock, and of CPU time, of one run into a new folder."""
     with tempfile.TemporaryDirectory() as place:
         out = Path(place) / "out"
         if isinstance(run, functools.partial) and run.func in (write_folder, copy_samples):
             out.mkdir()  # ShardWriter expects it
-        began = time.perf_counter()
-        told = run(out)
-        return told if told is not None else time.perf_counter() - began
+        began, cpu = time.perf_counter(), cpu_seconds()
+        run(out)
+        return time.perf_counter() - began, cpu_seconds() - cpu
 
 
 def measure(variants, rounds, count, size):
-    found = {name: [] for name in variants}
+    clocks, cpus = {name: [] for name in variants}, {name: [] for name in variants}
     for _ in range(rounds):
         for name, run in variants.items():
-            found[name].append(seconds_of(run))
-    first = next(iter(found.values()))
+            clock, cpu = seconds_of(run)
+            clocks[name].append(clock)
+            cpus[name].append(max(cpu, 0.01))  # the resolution
+    first, first_cpu = next(iter(clocks.values())), next(iter(cpus.values()))
     return {
         name: {
-            "images_per_s": round(count / statistics.median(values), 1),
-            "mb_per_s": round(size / 1e6 / statistics.median(values), 1),
-            "min": round(count / max(values), 1),
-            "max": round(count / min(values), 1),
-            "ratio": round(statistics.median(b / a for a, b in zip(values, first, strict=True)), 2),
+            "images_per_s": round(count / statistics.median(clock), 1),
+            "mb_per_s": round(size / 1e6 / statistics.median(clock), 1),
+            "min": round(count / max(clock), 1),
+            "max": round(count / min(clock), 1),
+            "ratio": ratio(first, clock),
+            "images_per_cpu_s": round(count / statistics.median(cpu), 1),
+            "cpu_ratio": ratio(first_cpu, cpu),
         }
-        for name, values in found.items()
+        for (name, clock), cpu in zip(clocks.items(), cpus.values(), strict=True)
     }
 
 
+def ratio(first, seconds):
+    return round(statistics.median(a / b for a, b in zip(first, seconds, strict=True)), 2)
+
+
 def show(table):
-    print(f"\n{'':44} {'images/s':>9} {'(min - max)':>19} {'MB/s':>8} {'ratio':>6}")
+    print(
+        f"\n{'':44} {'images/s':>9} {'(min - max)':>19} {'MB/s':>8} {'ratio':>6} {'/CPU s':>8} {'ratio':>6}", flush=True
+    )
     for name, row in table.items():
-        spread = f"({row['min']:8.0f} - {row['max']:6.0f})"
-        print(f"{name:44} {row['images_per_s']:9.0f} {spread} {row['mb_per_s']:8.1f} {row['ratio']:6.2f}")
+        print(
+            f"{name:44} {row['images_per_s']:9.0f} ({row['min']:8.0f} - {row['max']:6.0f}) {row['mb_per_s']:8.1f} "
+            f"{row['ratio']:6.2f} {row['images_per_cpu_s']:8.0f} {row['cpu_ratio']:6.2f}",
+            flush=True,
+        )
 
 
 def main():

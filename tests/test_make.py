@@ -18,7 +18,7 @@ from mim.contracts import DataError
 from mim.data.join import join
 from mim.data.make import make
 from mim.data.parts import Part, parse_part
-from mim.data.shards import Dataset, is_dataset, read_lock
+from mim.data.shards import LOCK, Dataset, is_dataset, read_lock
 from tests.tiny import picture, write_tar
 
 
@@ -140,6 +140,16 @@ def test_parts_of_other_options_are_refused(folder, tmp_path):
 def test_what_is_no_part_is_refused(text):
     with pytest.raises(ConfigError, match="is no part; write i/n"):
         parse_part(text)
+
+
+@pytest.mark.parametrize("source", ["first", "first/train"])
+def test_a_dataset_of_ours_is_a_source_like_any_tars(folder, tmp_path, source):
+    """Its indices are arrays, and arrays are images elsewhere."""
+    make(folder, tmp_path / "first", labels_from_folders=True, val_ratio=0.25, shard_size=9, workers=1)
+    make(tmp_path / source, tmp_path / "out", labels="cls", workers=1)
+    expected = [sample for root in sorted((tmp_path / source).rglob(LOCK)) for sample in images(root.parent)]
+    found = images(tmp_path / "out")
+    assert sorted((s.image, s.label) for s in found) == sorted((s.image, s.label) for s in expected)
 
 
 # ---- smaller images ------------------------------------------------------------------------------
