@@ -245,6 +245,14 @@ def test_an_option_of_the_shard_tools_that_means_nothing_is_refused(refused, sha
     assert refused("shards", "make", tmp_path, tmp_path / "out", "--resize", "long=9").startswith("--resize long=9 is")
 
 
+@pytest.mark.parametrize("command", ["make", "index", "verify", "reshard"])
+def test_a_tool_needs_at_least_one_process(mim, shards, tmp_path, command):
+    out = [] if command == "verify" else [tmp_path / "out"]
+    code, _, err = mim("shards", command, shards / "val", *out, "--workers", "0")
+    assert code == 2
+    assert "0 is not in the range x>=1" in err
+
+
 def test_what_is_no_data_set_is_refused_with_the_remedy(refused, tmp_path):
     assert refused("shards", "inspect", tmp_path).endswith("make one: mim shards make FOLDER OUT")
 
