@@ -93,6 +93,7 @@ def ours(trial: dict[str, Any], rank: int, emit: Emit) -> None:
                 )
             emit(rows, {"rank": one, "bad": batch["bad"]})
             journal.collect(None, lambda found: found)
+            journal.check()
 
 
 def batches(trial: dict[str, Any], dataset: Dataset, order: Order, rank: int, bad: dict[int, Bad]) -> Any:
