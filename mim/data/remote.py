@@ -39,6 +39,16 @@ MAX_CONNECTIONS = 8  # kept open, one per host
 REDIRECTS = (301, 302, 303, 307, 308)
 SAFE = "/%~!$&'()*+,;=:@"  # in a path that is already encoded (RFC 3986 3.3)
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
+CODE = re.compile(rb"<Code>(\w{1,64})</Code>")  # in the body of an error of S3 and its like: what is wrong in a word
+REMEDIES: dict[int | str, str] = {  # by status, and by that word where it says more
+    401: "; it asks for credentials",
+    403: "; check the credentials and their rights",
+    404: "; check the address",
+    "ExpiredToken": "; the credentials have expired, renew them",
+    "InvalidAccessKeyId": "; nobody has this access key there, check AWS_ACCESS_KEY_ID or the profile",
+    "SignatureDoesNotMatch": "; the secret key does not belong to the access key, check both",
+    "RequestTimeTooSkewed": "; the clock of this machine is wrong, set it",
+}
 
 
 class Identity(NamedTuple):
@@ -227,11 +237,9 @@ class Remote:
         fact = f"the server answers {status} {http.client.responses.get(status, '')}".rstrip()
         if status in TRANSIENT:
             raise _Transient(fact, wait=_retry_after(response.getheader("Retry-After")))
-        remedy = {
-            401: "; it asks for credentials",
-            403: "; check the credentials and their rights",
-            404: "; check the address",
-        }.get(status, "")
+        code = _code_of(response)
+        fact += f" ({code})" if code else ""
+        remedy = REMEDIES.get(code, REMEDIES.get(status, ""))
         if region := response.getheader("x-amz-bucket-region"):  # the usual reason, and S3 tells no other
             remedy += f"; its bucket lies in {region}, set AWS_DEFAULT_REGION={region} if yours is another"
         raise StorageError(f"cannot read {redact(url)}: {fact}{remedy}")
@@ -323,6 +331,15 @@ def _check_redirect(url: str, target: Target, location: str) -> None:
         f"{redact(url)} redirects to {redact(location)}; redirects are followed inside one host and scheme only, so "
         f"give the address that it leads to"
     )
+
+
+def _code_of(response: http.client.HTTPResponse) -> str:
+    """The word by which S3 names an error; "" when there is none."""
+    try:
+        found = CODE.search(response.read(4096))
+    except (OSError, http.client.HTTPException):
+        return ""
+    return found[1].decode() if found else ""
 
 
 def _retry_after(value: str | None) -> float:
