@@ -433,9 +433,7 @@ def test_a_bucket_of_another_region_is_named(server, remote, monkeypatch):
         (403, "AccessDenied", "check the credentials and their rights"),
     ],
 )
-def test_what_is_wrong_with_s3_credentials_is_told_at_once_in_the_word_of_the_server(
-    server, remote, code, word, remedy
-):
+def test_what_is_wrong_with_s3_credentials_is_told_at_once_in_the_servers_word(server, remote, code, word, remedy):
     body = f"<Error><Code>{word}</Code><AWSAccessKeyId>AKIAPLANTED</AWSAccessKeyId></Error>".encode()
     assert_fails(server, remote, status(code, body=body), StorageError, f"{code} .*{word}.*; .*{remedy}")
     assert server.fired["/a.tar"] == [f"status {code}"]

@@ -13,7 +13,18 @@ from typing import Any
 from benchmarks.reliability.bench import OURS, USUAL, Bench, Case, fired
 from benchmarks.reliability.cases_hostile import unharmed
 from benchmarks.reliability.trials import Result
-from benchmarks.reliability.verdicts import LOUD, PASS, SILENT, SKIPPED, Verdict, delivered, ended, joined, refused
+from benchmarks.reliability.verdicts import (
+    LOUD,
+    PASS,
+    SILENT,
+    SKIPPED,
+    Verdict,
+    delivered,
+    ended,
+    joined,
+    leaked,
+    refused,
+)
 from mim.data.shards import LOCK
 
 SECRETS = {  # planted words by the door through which they come in
@@ -35,7 +46,7 @@ def locations(bench: Bench, reader: str) -> Verdict:
         location = template.format(canary=canary, tar=tar)
         results = bench.read_tars(reader, [location], limit=20)
         verdict = unharmed(results, canary) or refused(results)
-        verdicts.append(Verdict(verdict.kind, f"{template.split()[0]}: {verdict.detail}"))
+        verdicts.append(verdict.of(template.split()[0]))
         if reader == OURS:
             verdicts.append(_planted_location(bench, location, canary))
     verdicts.append(_environment(bench, reader))
@@ -66,7 +77,7 @@ def _environment(bench: Bench, reader: str) -> Verdict:
     }
     results = bench.read(reader, bench.small.path, env=env)
     verdict = unharmed(results, canary) or delivered(results, bench.small.rows)
-    return Verdict(verdict.kind, f"environment: {verdict.detail}")
+    return verdict.of("environment")
 
 
 def recipes(bench: Bench, reader: str) -> Verdict:
@@ -101,7 +112,7 @@ def recipes(bench: Bench, reader: str) -> Verdict:
             verdict = Verdict(SILENT, "the environment variable was printed")
         if result.grown > 1 << 29:
             verdict = Verdict(SILENT, f"{result.grown >> 20} MiB were taken")
-        verdicts.append(Verdict(verdict.kind, f"{name}: {verdict.detail}"))
+        verdicts.append(verdict.of(name))
     return joined(verdicts)
 
 
@@ -154,7 +165,7 @@ def secrets(bench: Bench, reader: str) -> Verdict:
     fired(server.asked, "no reader asked the server")
     failed = sum(result.exit != 0 for result in results)
     fired(failed >= 10, f"only {failed} of {len(results)} runs ended with an error")
-    if leak := _leaked(results, written):
+    if leak := leaked(SECRETS, results, written):
         return leak
     hung = next((ended([result]) for result in results if result.hung or result.orphans), None)
     return hung or Verdict(PASS, f"{failed} errors, nothing of 6 secrets")
@@ -179,17 +190,6 @@ def nothing_there() -> Iterator[Any]:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         yield server
         server.shutdown()
-
-
-def _leaked(results: list[Result], written: list[Path]) -> Verdict | None:
-    places: dict[str, Any] = {"the output": "".join(result.text for result in results)}
-    places["a command line"] = "".join(line for result in results for line in result.started())
-    places["a file"] = "".join(file.read_bytes().decode(errors="replace") for file in written)
-    for place, text in places.items():
-        for name, secret in SECRETS.items():
-            if secret in text:
-                return Verdict(SILENT, f"the secret of {name} stands in {place}")
-    return None
 
 
 CASES = (

@@ -74,7 +74,7 @@ def harmful_members(bench: Bench, reader: str) -> Verdict:
         results = bench.read_tars(reader, [tar], batch_size=6, flags=("--image", "png"))  # .npy is an image, too
         wanted = {expected(number) for number in range(7000, 7006)}
         verdict = unharmed(results, canary) or delivered(results[-1:], wanted)
-        verdicts.append(Verdict(verdict.kind, f".{ending}: {verdict.detail}"))
+        verdicts.append(verdict.of(f".{ending}"))
     return joined(verdicts)
 
 
@@ -110,7 +110,7 @@ def other_formats(bench: Bench, reader: str) -> Verdict:
             named = any(bad["key"].endswith("07110") for facts in results[-1].facts for bad in facts.get("bad", []))
             text = "accepted as an image" if strange else "named" if named else "left out without a word"
             verdict = Verdict(PASS if named and not strange else SILENT, text)
-        verdicts.append(Verdict(verdict.kind, f"{kind}: {verdict.detail}"))
+        verdicts.append(verdict.of(kind))
     return joined(verdicts)
 
 
@@ -214,7 +214,7 @@ def traversal(bench: Bench, reader: str) -> Verdict:
             verdict = Verdict(PASS, "delivered inside" if expected(7301) in rows else "left out by name")
         else:
             verdict = Verdict(SILENT, "samples lost without a word")
-        verdicts.append(Verdict(verdict.kind, f"{kind}: {verdict.detail}"))
+        verdicts.append(verdict.of(kind))
     return joined(verdicts)
 
 

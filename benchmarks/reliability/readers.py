@@ -81,7 +81,7 @@ def ours(trial: dict[str, Any], rank: int, emit: Emit) -> None:
     dataset = Dataset.open(trial["path"], **trial.get("store", {}))
     order = Order(dataset.id, dataset.counts, trial.get("seed", 0), repeats=trial.get("repeats", 1))
     journal = Journal(read_quarantine(dataset.path, dataset.id), dataset.counts, budget=trial.get("budget", 1e-4))
-    for one in trial.get("as_ranks", [rank]):
+    for one in trial.get("as_ranks", [rank if trial.get("world", 1) > 1 else 0]):
         for step, batch in enumerate(batches(trial, dataset, order, one, journal.bad), 1):
             journal.add(step, batch["bad"])
             rows = []
