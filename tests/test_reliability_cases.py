@@ -17,7 +17,7 @@ def ours(tmp_path_factory):
     """The bench, with a server process of its own."""
     folder = tmp_path_factory.mktemp("reliability")
     with Trials(folder / "trials") as trials:
-        yield bench.Bench(folder, trials)
+        yield bench.Bench(folder, trials, quick=True)
 
 
 @pytest.mark.parametrize("case", ALWAYS)

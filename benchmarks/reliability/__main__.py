@@ -24,6 +24,7 @@ from benchmarks.reliability import (
     cases_doors,
     cases_elastic,
     cases_hostile,
+    cases_pixels,
     cases_remote,
     cases_resume,
 )
@@ -37,6 +38,7 @@ CASES: tuple[Case, ...] = tuple(
         cases_resume,
         cases_elastic,
         cases_damage,
+        cases_pixels,
         cases_remote,
         cases_cache,
         cases_bucket,
