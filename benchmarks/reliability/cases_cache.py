@@ -103,10 +103,9 @@ def _swept(bench: Bench, reader: str) -> Verdict:
 
     def sweep() -> None:
         while not done.wait(SWEEP):
-            for file in kept(cache) if cache.exists() else ():
-                if file.suffix == ".tar":
-                    file.unlink(missing_ok=True)
-                    removed.append(file)
+            for file in cache.rglob("*.tar"):
+                file.unlink(missing_ok=True)
+                removed.append(file)
 
     sweeper = threading.Thread(target=sweep)
     with serving(found) as server:
