@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import tokenizer as tokenizers
 from mim import __version__, build, checkpoint, config, optim
 from mim.config import ConfigError
-from mim.contracts import LoadedRun
+from mim.contracts import DataError, LoadedRun
 from mim.data import mixture, order, quarantine, shuffle, stages, stream
 from mim.log import Averages, Progress, RunLog, say, write_json
 from mim.schedules import to_steps
@@ -164,7 +164,10 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
 
 
 def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
-    """Train from a saved state to the end, or until a stop is asked for. Returns the exit code."""
+    """Train from a saved state to the end, or until a stop is asked for. Returns the exit code.
+
+    Raises DataError above the budget of bad samples, after the step is saved: a larger budget goes on from there.
+    """
     cfg, accelerator, model, optimizer = job.cfg, job.accelerator, job.model, job.optimizer
     device, ranks, main_rank = accelerator.device, accelerator.num_processes, accelerator.is_main_process
     start, total, batch_size = state["step"], job.rates.total_steps, cfg.optim.batch_size
@@ -175,6 +178,7 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
     log, bad_log = (RunLog(job.run / f"{n}.jsonl", start) if main_rank else None for n in ("log", "journal"))
     progress_line = Progress(start, total, batch_size=batch_size, main=main_rank)
     waiting = stages.Waiting(num_workers(cfg.train.workers))
+    excess: str | None = None
     status(job, "running", start)
     batches = iter(loader(job, start))
     model.train()
@@ -226,6 +230,7 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
         saving = stopping or ending or step % every["save"] == 0
         if logging or saving:
             job.journal.collect(bad_log, lambda found: gather(found, device))
+            excess = job.journal.excess()  # from here on all ranks agree
         if logging:
             values: dict[str, Any] = averages.read(add_over_ranks)
             values |= {"lr": lr, "weight_decay": weight_decay, "epoch": step * batch_size / len(job.dataset)}
@@ -238,13 +243,16 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
         for name in cfg.evals:
             if ending or step % every[name] == 0:
                 look(job, name, step, log)
-        if saving:
+        if saving or excess:
             fingerprint = total_fingerprint(fingerprint, device, main_rank)
             save(job, step, fingerprint, averages)
-        if stopping and not ending:
+        if excess or (stopping and not ending):
             break
 
     progress_line.close()
+    if excess:
+        status(job, "failed", step, reason=excess)
+        raise DataError(f"{excess}; step {step} is saved, the same command goes on from there")
     code = DONE if start == total or step == total else STOPPED
     status(job, "done" if code == DONE else "stopped", total if code == DONE else step)
     last_words = f"done: {job.run}" if code == DONE else f"stopped at step {step}; the same command resumes"
@@ -478,11 +486,11 @@ def write_tokenizer(job: Job, folder: Path) -> None:
         tokenizers.save(objective.tokenizer, folder, name=section["name"], config=options, card=objective.card())
 
 
-def status(job: Job, state: str, step: int) -> None:
+def status(job: Job, state: str, step: int, *, reason: str | None = None) -> None:
     """Write status.json, which launch scripts read."""
     if job.accelerator.is_main_process:
         value = {"state": state, "step": step, "of": job.rates.total_steps, "recipe": job.recipe}
-        write_json(job.run / "status.json", value)
+        write_json(job.run / "status.json", value | ({"reason": reason} if reason else {}))
 
 
 # ---- run directory and start lines ---------------------------------------------------------------

@@ -424,6 +424,21 @@ def test_a_bucket_of_another_region_is_named(server, remote, monkeypatch):
         remote.pread("s3://bucket/a.tar", 0, 1)
 
 
+@pytest.mark.parametrize(
+    ("code", "word", "remedy"),
+    [
+        (403, "InvalidAccessKeyId", "check AWS_ACCESS_KEY_ID"),
+        (403, "SignatureDoesNotMatch", "does not belong to the access key"),
+        (400, "ExpiredToken", "have expired, renew them"),
+        (403, "AccessDenied", "check the credentials and their rights"),
+    ],
+)
+def test_what_is_wrong_with_s3_credentials_is_told_at_once_in_the_servers_word(server, remote, code, word, remedy):
+    body = f"<Error><Code>{word}</Code><AWSAccessKeyId>AKIAPLANTED</AWSAccessKeyId></Error>".encode()
+    assert_fails(server, remote, status(code, body=body), StorageError, f"{code} .*{word}.*; .*{remedy}")
+    assert server.fired["/a.tar"] == [f"status {code}"]
+
+
 def test_missing_s3_credentials_are_one_sentence(remote, monkeypatch, tmp_path):
     pytest.importorskip("botocore")
     for name in [name for name in os.environ if name.startswith("AWS_")]:
