@@ -48,8 +48,9 @@ COLOUR_MODES = ("P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB"
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601
 
 
-def read_header(data: bytes) -> Header:
+def read_header(data: bytes | memoryview) -> Header:
     """Read format, channels, depth and size without decoding pixels. Raises BadImage."""
+    data = bytes(data)
     header = _own_header(data)
     if header is None:
         with _open(data) as image:
@@ -57,7 +58,7 @@ def read_header(data: bytes) -> Header:
     return header
 
 
-def decode(data: bytes, channels: int = 3, dtype: str = "uint8") -> Tensor:
+def decode(data: bytes | memoryview, channels: int = 3, dtype: str = "uint8") -> Tensor:
     """Decode an image fully. Returns (C, H, W) of `dtype`, a view of (H, W, C) memory as the resize kernel wants it."""
     _check_bytes(data)
     found = jpeg.parse(data)
@@ -66,6 +67,7 @@ def decode(data: bytes, channels: int = 3, dtype: str = "uint8") -> Tensor:
         _check_size(found.height, found.width, found.channels)
         pixels = jpeg.pixels(data, found)
     if found is None or pixels is None:
+        data = bytes(data)
         header = _own_header(data)
         pixels = _with_pillow(data) if header is None else _own_pixels(data, header)
     else:
@@ -73,7 +75,7 @@ def decode(data: bytes, channels: int = 3, dtype: str = "uint8") -> Tensor:
     return _tensor(pixels, channels, dtype)
 
 
-def open_image(data: bytes, channels: int = 3, dtype: str = "uint8") -> Tensor | Encoded:
+def open_image(data: bytes | memoryview, channels: int = 3, dtype: str = "uint8") -> Tensor | Encoded:
     """Decode an image, or leave it encoded where decoding a box of it is cheaper. Raises BadImage."""
     _check_bytes(data)
     found = jpeg.parse(data)
@@ -87,7 +89,7 @@ def open_image(data: bytes, channels: int = 3, dtype: str = "uint8") -> Tensor |
 class Encoded:
     """A JPEG of which boxes can be decoded: it has the shape of its tensor, and `cut` in the place of a slice."""
 
-    data: bytes
+    data: bytes | memoryview
     structure: jpeg.Jpeg
     channels: int
 
@@ -107,7 +109,7 @@ class Encoded:
         return decode(self.data, self.channels)
 
 
-def _check_bytes(data: bytes) -> None:
+def _check_bytes(data: bytes | memoryview) -> None:
     if len(data) > MAX_BYTES:
         raise BadImage(f"{len(data)} bytes exceed the limit of {MAX_BYTES}")
 
