@@ -353,12 +353,20 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 def _unit(raw: Tensor, limits: list[list[float]]) -> Tensor:
     """Raw pixels (B, C, H, W) -> float32 in [0, 1]; what lies outside the limits is clamped."""
-    pixels = raw.to(memory_format=torch.contiguous_format, dtype=torch.float32)
+    pixels = _fresh(raw.shape, torch.float32, raw.device).copy_(raw)
     white = DTYPES[str(raw.dtype).removeprefix("torch.")]
     if not raw.is_floating_point() and all(list(pair) == [0, white] for pair in limits):
-        return pixels.div_(white)  # in place: a second batch of fresh pages costs more than the conversion
+        return pixels.div_(white)
     low, high = torch.tensor(limits, device=raw.device).T[:, :, None, None]  # (C, 1, 1) each
-    return (pixels - low).div_(high - low).clamp_(0, 1)
+    return pixels.sub_(low).div_(high - low).clamp_(0, 1)
+
+
+def _fresh(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for a batch, not initialised. On a CPU it is NumPy's, which asks for huge pages: getting the small ones of
+    torch's costs more than to convert the images into them."""
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.empty(shape, str(dtype).removeprefix("torch.")))
 
 
 def _in_order(
