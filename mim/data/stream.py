@@ -110,7 +110,7 @@ class Renderer:
         batch: Batch = {"keys": [], "samples": [], "bad": []}
         for name, (h, w) in zip(VIEWS, self.sizes):  # noqa: B905  the second size is optional
             # Rows are (H, W, C) in memory, as the decoder leaves them: transposing would cost more than copying.
-            rows = torch.empty((size, h, w, self.channels), dtype=getattr(torch, self.dataset.dtype))
+            rows = _fresh((size, h, w, self.channels), self.dataset.dtype)
             batch[name] = rows.permute(0, 3, 1, 2)  # (B, C, H, W)
         batch["range"] = value_range(self.dataset, self.channels)
         if self.jitter:
@@ -353,7 +353,9 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 def _unit(raw: Tensor, limits: list[list[float]]) -> Tensor:
     """Raw pixels (B, C, H, W) -> float32 in [0, 1]; what lies outside the limits is clamped."""
-    pixels = _fresh(raw.shape, torch.float32, raw.device).copy_(raw)
+    on_cpu = raw.device.type == "cpu"
+    pixels = _fresh(raw.shape, "float32") if on_cpu else torch.empty(raw.shape, device=raw.device)
+    pixels.copy_(raw)
     white = DTYPES[str(raw.dtype).removeprefix("torch.")]
     if not raw.is_floating_point() and all(list(pair) == [0, white] for pair in limits):
         return pixels.div_(white)
@@ -361,12 +363,10 @@ def _unit(raw: Tensor, limits: list[list[float]]) -> Tensor:
     return pixels.sub_(low).div_(high - low).clamp_(0, 1)
 
 
-def _fresh(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory for a batch, not initialised. On a CPU it is NumPy's, which asks for huge pages: getting the small ones of
-    torch's costs more than to convert the images into them."""
-    if device.type != "cpu":
-        return torch.empty(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.empty(shape, str(dtype).removeprefix("torch.")))
+def _fresh(shape: tuple[int, ...], dtype: str) -> Tensor:
+    """Memory for a batch on the CPU, not initialised. NumPy asks for huge pages; to get as many small ones as torch
+    would costs more than what is then written into them."""
+    return torch.from_numpy(np.empty(shape, dtype))
 
 
 def _in_order(
