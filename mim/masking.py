@@ -69,7 +69,7 @@ def _add_block(mask: Mask, rng: np.random.Generator, remaining: int, min_patches
             continue
         top, left = rng.integers(0, h - height + 1), rng.integers(0, w - width + 1)
         region = mask[top : top + height, left : left + width]
-        added = region.size - np.count_nonzero(region)
+        added = region.size - int(np.count_nonzero(region))
         if 0 < added <= remaining:
             region[:] = True
             return added

@@ -255,8 +255,8 @@ def _opaque(image: Image.Image) -> Image.Image:
 
 def _tensor(pixels: np.ndarray, channels: int, dtype: str) -> Tensor:
     """(H, W, c) -> (C, H, W) of `dtype`; the memory stays (H, W, C)."""
-    found = pixels.dtype.name
-    if found != dtype:
+    if pixels.dtype != np.dtype(dtype):
+        found = pixels.dtype.name
         if {found, dtype} - {"uint8", "uint16"}:
             raise BadImage(f"pixels of {found} where the dataset has {dtype}")
         pixels = pixels.astype(np.uint16) * 257 if dtype == "uint16" else (pixels >> 8).astype(np.uint8)
