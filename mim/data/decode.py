@@ -17,6 +17,7 @@ faster way to the same pixels.
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,6 +93,7 @@ class Encoded:
     data: bytes | memoryview
     structure: jpeg.Jpeg
     channels: int
+    when_cut: Callable[[], None] | None = None  # called when a box was decoded, by who measures that apart
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -101,8 +103,12 @@ class Encoded:
         """Pixels (C, h, w) of a box, equal to those of full decoding. Raises BadImage."""
         pixels = jpeg.pixels(self.data, self.structure, (top, left, h, w))
         if pixels is None:
-            return decode(self.data, self.channels)[:, top : top + h, left : left + w]
-        return _tensor(pixels, self.channels, "uint8")
+            cut = decode(self.data, self.channels)[:, top : top + h, left : left + w]
+        else:
+            cut = _tensor(pixels, self.channels, "uint8")
+        if self.when_cut is not None:
+            self.when_cut()
+        return cut
 
     def whole(self) -> Tensor:
         """All pixels (C, H, W): cheaper than two boxes. Raises BadImage."""

@@ -192,8 +192,8 @@ class Dataset:
 
     def locate(self, sample: int) -> tuple[int, int]:
         """(shard, row) of a sample by its number in the order of the lock."""
-        shard = int(np.searchsorted(self._ends, sample, side="right"))
-        return shard, int(sample - (self._ends[shard] - self.counts[shard]))
+        shard, row = locate(self._ends, sample)
+        return int(shard), int(row)
 
     def _key(self, record: Record, start: int, header: bytes) -> str:
         """The key in the header at `start`, or in the record before it, where long and non-ASCII names stand."""
@@ -240,6 +240,12 @@ def location(path: Path, shard: dict[str, Any]) -> str:
     if shard.get("url"):
         return shard["url"]
     return f"{path}/{shard['file']}" if path.is_absolute() else f"./{path}/{shard['file']}"
+
+
+def locate(ends: np.ndarray, samples: Any) -> tuple[Any, Any]:
+    """Shard and row of a sample, or of an array of them, where shard i ends before sample `ends[i]`."""
+    shard = np.searchsorted(ends, samples, side="right")
+    return shard, samples - np.where(shard > 0, ends[shard - 1], 0)
 
 
 def is_dataset(path: str | Path) -> bool:

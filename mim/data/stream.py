@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Union
 
 import numpy as np
@@ -29,7 +29,7 @@ from mim.data.mixture import AnyDataset, AnyOrder, bad_samples
 from mim.data.order import MicroBatch, Place, Plan, Slots, key64, permutation, rng
 from mim.data.prefetch import Prefetcher
 from mim.data.quarantine import Bad
-from mim.data.shards import Sample
+from mim.data.shards import Sample, locate
 from mim.data.signals import stay_until_told
 from mim.data.stages import Clock
 from mim.log import say
@@ -193,7 +193,7 @@ class Renderer:
             sample = self.dataset.read(place.shard, place.row)
             clock.done("read")
             try:
-                image = self._open(sample, several=several)
+                image = self._open(sample, clock, several=several)
                 clock.done("decode")
                 views = self.view(image, rng("view", *name), self.sizes)
             except BadImage as error:
@@ -209,10 +209,12 @@ class Renderer:
             f"dataset, which names all such images, or make the shards again without them"
         )
 
-    def _open(self, sample: Sample, *, several: bool) -> Image:
-        """The image of a sample, decoded whole when several draws of it follow."""
+    def _open(self, sample: Sample, clock: Clock, *, several: bool) -> Image:
+        """The image of a sample, decoded whole when several draws of it follow, else perhaps when a box is cut."""
         image = open_image(sample.image, self.channels, self.dataset.dtype)
-        return image.whole() if several and isinstance(image, Encoded) else image
+        if not isinstance(image, Encoded):
+            return image
+        return image.whole() if several else replace(image, when_cut=functools.partial(clock.done, "decode"))
 
 
 class Shown(NamedTuple):
@@ -256,8 +258,7 @@ class Evaluation(torch_data.Dataset[Batch]):
         self._ends = np.cumsum(renderer.dataset.counts)
 
     def __getitem__(self, samples: np.ndarray) -> Batch:
-        shard = np.searchsorted(self._ends, samples, side="right")
-        row = samples - (self._ends[shard] - self.renderer.dataset.counts[shard])
+        shard, row = locate(self._ends, samples)
         epoch = np.full_like(samples, EVALUATION)
         slots = Slots(epoch, shard, row, samples, np.zeros_like(samples))
         batch = self.renderer.render(slots, len(samples), len(samples))
