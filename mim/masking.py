@@ -51,8 +51,9 @@ def block(
             break
         masked += added
     flat = mask.reshape(-1)
-    visible = np.flatnonzero(~flat)
-    flat[visible[np.argsort(rng.random(len(visible)), kind="stable")[: target - masked]]] = True
+    if masked < target:
+        visible = np.flatnonzero(~flat)
+        flat[visible[np.argsort(rng.random(len(visible)), kind="stable")[: target - masked]]] = True
     return flat
 
 
@@ -68,7 +69,7 @@ def _add_block(mask: Mask, rng: np.random.Generator, remaining: int, min_patches
             continue
         top, left = rng.integers(0, h - height + 1), rng.integers(0, w - width + 1)
         region = mask[top : top + height, left : left + width]
-        added = region.size - int(region.sum())
+        added = region.size - int(np.count_nonzero(region))
         if 0 < added <= remaining:
             region[:] = True
             return added

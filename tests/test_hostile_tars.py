@@ -9,7 +9,6 @@ import tarfile
 import tracemalloc
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from benchmarks.reliability.fixtures import write_many

@@ -9,7 +9,7 @@ from PIL import Image
 
 from mim.config import ConfigError
 from mim.contracts import DataError
-from mim.data import jpeg, stream
+from mim.data import jpeg, stages, stream
 from mim.data.augment import center, crop
 from mim.data.decode import BadImage, open_image
 from mim.data.jitter import jitter_
@@ -167,6 +167,24 @@ def test_draws_of_a_sample_are_decoded_once(dataset, monkeypatch):
     monkeypatch.setattr(stream, "open_image", lambda *options: decoded.append(1) or open_image(*options))
     batches(dataset, order_of(dataset, repeats=4), batch_size=8, num_steps=3)
     assert len(decoded) == 6
+
+
+def test_the_decoding_of_a_box_counts_as_decoding(tmp_path, monkeypatch):
+    """A clock that advances only while a JPEG is decoded, which the view asks for."""
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (60, 50), "red").save(tmp_path / "in/a.jpg")
+    make(tmp_path / "in", tmp_path / "out", workers=1)
+    jpegs, now, honest = Dataset.open(tmp_path / "out"), [0.0], jpeg.pixels
+
+    def slow(*options):
+        now[0] += 1
+        return honest(*options)
+
+    monkeypatch.setattr(jpeg, "pixels", slow)
+    monkeypatch.setattr(stages.time, "perf_counter", lambda: now[0])
+    order = Order(jpegs.id, jpegs.counts, seed=0)
+    (batch,) = batches(jpegs, order, num_steps=1, batch_size=3)
+    assert batch["seconds"] == {"read": 0, "decode": 3, "augment": 0, "collate": 0}
 
 
 def test_batches_hold_what_the_contract_says(dataset):

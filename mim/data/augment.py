@@ -116,21 +116,20 @@ def _render(image: Image, box: Box, sizes: Sizes) -> list[Tensor]:
         cut = image.cut(*box)
     else:
         cut = image[:, box.top : box.top + box.h, box.left : box.left + box.w]
-    return [_resize(cut, size) for size in sizes]
-
-
-def _resize(cut: Tensor, size: tuple[int, int]) -> Tensor:
-    """(C, H, W) -> (C, h, w)"""
-    if cut.shape[1:] == tuple(size):
-        return cut
     if cut.dtype == torch.uint8:
         # (1, C, H, W) over (H, W, C) memory, for which the kernel is fastest and which it keeps. The batch is added to
         # (H, W, C): added to (C, H, W) it gets a stride that torch does not take for this layout, and the result is
         # transposed, which costs as much as the resize.
         batch = cut.permute(1, 2, 0)[None].contiguous().permute(0, 3, 1, 2)
-        return F.interpolate(batch, size=size, mode="bicubic", antialias=True)[0]  # (C, h, w)
-    resized = F.interpolate(cut[None].float(), size=size, mode="bicubic", antialias=True)[0]  # (C, h, w)
-    return resized.round_().clamp_(0, 65535).to(torch.uint16) if cut.dtype == torch.uint16 else resized
+    else:
+        batch = cut[None].float()
+    return [cut if cut.shape[1:] == size else _resize(batch, size, cut.dtype) for size in map(torch.Size, sizes)]
+
+
+def _resize(batch: Tensor, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """(1, C, H, W) -> (C, h, w) of `dtype`"""
+    resized = F.interpolate(batch, size=size, mode="bicubic", antialias=True)[0]  # (C, h, w)
+    return resized.round_().clamp_(0, 65535).to(dtype) if dtype == torch.uint16 else resized
 
 
 def _gray(views: list[Tensor], rng: np.random.Generator) -> list[Tensor]:

@@ -10,6 +10,7 @@ and it is clamped once, at its end.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from mim.data.decode import LUMA
@@ -38,8 +39,8 @@ def _change_(views: list[Tensor], factors: Tensor) -> None:
     shift = (1 - contrast) * brightness * lumas[0].mean(dim=(2, 3), keepdim=True)
     gain = brightness * contrast
     for view, luma in zip(views, lumas, strict=True):
-        grayed = luma.mul_(gain * (1 - saturation)).add_(shift)
-        view.mul_(gain * saturation).add_(grayed).clamp_(0, 1)
+        grayed = torch.addcmul(shift, luma, gain * (1 - saturation))  # (B, 1, h, w)
+        torch.addcmul(grayed, view, gain * saturation, out=view).clamp_(0, 1)
 
 
 def _luma(view: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Union
 
 import numpy as np
@@ -29,7 +29,7 @@ from mim.data.mixture import AnyDataset, AnyOrder, bad_samples
 from mim.data.order import MicroBatch, Place, Plan, Slots, key64, permutation, rng
 from mim.data.prefetch import Prefetcher
 from mim.data.quarantine import Bad
-from mim.data.shards import Sample
+from mim.data.shards import Sample, locate
 from mim.data.signals import stay_until_told
 from mim.data.stages import Clock
 from mim.log import say
@@ -110,7 +110,7 @@ class Renderer:
         batch: Batch = {"keys": [], "samples": [], "bad": []}
         for name, (h, w) in zip(VIEWS, self.sizes):  # noqa: B905  the second size is optional
             # Rows are (H, W, C) in memory, as the decoder leaves them: transposing would cost more than copying.
-            rows = torch.empty((size, h, w, self.channels), dtype=getattr(torch, self.dataset.dtype))
+            rows = _fresh((size, h, w, self.channels), self.dataset.dtype)
             batch[name] = rows.permute(0, 3, 1, 2)  # (B, C, H, W)
         batch["range"] = value_range(self.dataset, self.channels)
         if self.jitter:
@@ -193,7 +193,7 @@ class Renderer:
             sample = self.dataset.read(place.shard, place.row)
             clock.done("read")
             try:
-                image = self._open(sample, several=several)
+                image = self._open(sample, clock, several=several)
                 clock.done("decode")
                 views = self.view(image, rng("view", *name), self.sizes)
             except BadImage as error:
@@ -209,10 +209,12 @@ class Renderer:
             f"dataset, which names all such images, or make the shards again without them"
         )
 
-    def _open(self, sample: Sample, *, several: bool) -> Image:
-        """The image of a sample, decoded whole when several draws of it follow."""
+    def _open(self, sample: Sample, clock: Clock, *, several: bool) -> Image:
+        """The image of a sample, decoded whole when several draws of it follow, else perhaps when a box is cut."""
         image = open_image(sample.image, self.channels, self.dataset.dtype)
-        return image.whole() if several and isinstance(image, Encoded) else image
+        if not isinstance(image, Encoded):
+            return image
+        return image.whole() if several else replace(image, when_cut=functools.partial(clock.done, "decode"))
 
 
 class Shown(NamedTuple):
@@ -256,8 +258,7 @@ class Evaluation(torch_data.Dataset[Batch]):
         self._ends = np.cumsum(renderer.dataset.counts)
 
     def __getitem__(self, samples: np.ndarray) -> Batch:
-        shard = np.searchsorted(self._ends, samples, side="right")
-        row = samples - (self._ends[shard] - self.renderer.dataset.counts[shard])
+        shard, row = locate(self._ends, samples)
         epoch = np.full_like(samples, EVALUATION)
         slots = Slots(epoch, shard, row, samples, np.zeros_like(samples))
         batch = self.renderer.render(slots, len(samples), len(samples))
@@ -353,12 +354,20 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 def _unit(raw: Tensor, limits: list[list[float]]) -> Tensor:
     """Raw pixels (B, C, H, W) -> float32 in [0, 1]; what lies outside the limits is clamped."""
-    pixels = raw.to(memory_format=torch.contiguous_format, dtype=torch.float32)
+    on_cpu = raw.device.type == "cpu"
+    pixels = _fresh(raw.shape, "float32") if on_cpu else torch.empty(raw.shape, device=raw.device)
+    pixels.copy_(raw)
     white = DTYPES[str(raw.dtype).removeprefix("torch.")]
     if not raw.is_floating_point() and all(list(pair) == [0, white] for pair in limits):
-        return pixels.div_(white)  # in place: a second batch of fresh pages costs more than the conversion
+        return pixels.div_(white)
     low, high = torch.tensor(limits, device=raw.device).T[:, :, None, None]  # (C, 1, 1) each
-    return (pixels - low).div_(high - low).clamp_(0, 1)
+    return pixels.sub_(low).div_(high - low).clamp_(0, 1)
+
+
+def _fresh(shape: tuple[int, ...], dtype: str) -> Tensor:
+    """Memory for a batch on the CPU, not initialised. NumPy asks for huge pages; to get as many small ones as torch
+    would costs more than what is then written into them."""
+    return torch.from_numpy(np.empty(shape, dtype))
 
 
 def _in_order(

@@ -11,12 +11,12 @@ listed by ranges, without CRC32.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mim.contracts import DataError
+from mim.data import checksum
 from mim.data.store import Store
 
 BLOCK = 512
@@ -217,14 +217,14 @@ def _content(file: Forward, size: int, *, keep: int, headers_only: bool) -> tupl
     crc32, data = 0, None
     if size <= keep:
         data = file.take(size)
-        crc32 = 0 if headers_only else zlib.crc32(data)
+        crc32 = 0 if headers_only else checksum.crc32(data)
     elif headers_only:
         file.skip(size)
     else:
         left = size
         while left:
             piece = file.take(min(left, CHUNK))
-            crc32, left = zlib.crc32(piece, crc32), left - len(piece)
+            crc32, left = checksum.crc32(piece, crc32), left - len(piece)
     if headers_only and size > keep:
         file.skip(-size % BLOCK)
     else:

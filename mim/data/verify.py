@@ -18,7 +18,6 @@ import io
 import itertools
 import os
 import time
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from mim.contracts import DataError
 from mim.data import facts, tar
+from mim.data.checksum import crc32
 from mim.data.decode import FORMATS, BadImage
 from mim.data.parts import WHOLE, Part, read_parts, remove_parts
 from mim.data.shards import Dataset, read_lock
@@ -124,15 +124,15 @@ def check_shard(dataset: Dataset, entry: dict[str, Any], shard: int, decode_imag
     checked.contents = np.zeros(len(index), np.uint64)
     for row in np.argsort(index["image"]["offset"], kind="stable").tolist():
         try:
-            start, end = dataset.span(shard, row)
-            if start < file.at:
-                raise tar.refusal(location, start, "two samples of the index overlap")
-            file.take_until(start)
-            sample = dataset.unpack(shard, row, file.take(end - start))
+            record = dataset.record(shard, row)
+            if record.start < file.at:
+                raise tar.refusal(location, record.start, "two samples of the index overlap")
+            file.take_until(record.start)
+            sample = dataset.unpack(record, file.take(record.end - record.start))
         except DataError as error:
             damaged(str(error), row)
             continue
-        checked.contents[row] = zlib.crc32(sample.image) << 32 | len(sample.image)
+        checked.contents[row] = crc32(sample.image) << 32 | len(sample.image)
         if decode_images:
             _decode(checked, entry, row, sample)
     file.take_until(file.size)
@@ -172,7 +172,7 @@ def _decode(checked: Checked, entry: dict[str, Any], row: int, sample: Any) -> N
     checked.written.add(header, pixels, sample.label)
 
 
-def mode_of(data: bytes, pixels: Tensor) -> str:
+def mode_of(data: bytes | memoryview, pixels: Tensor) -> str:
     """Format, mode and bits per channel of an encoded image, e.g. "PNG I;16 16 bit"."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:

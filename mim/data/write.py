@@ -84,7 +84,7 @@ class Written:
 IN_FACTS = (Written, Statistics, Moments)  # every class that the facts of a shard hold
 
 
-def read_pixels(data: bytes) -> tuple[Header, Tensor]:
+def read_pixels(data: bytes | memoryview) -> tuple[Header, Tensor]:
     """Header and all pixels of an encoded image. Raises BadImage."""
     header = read_header(data)
     return header, decode(data, header.channels, header.dtype)
@@ -160,7 +160,7 @@ def _samples(task: Task, written: Written) -> Iterator[dict[str, Any]]:
         yield sample_of(item.key, header.ending, data, item.label)
 
 
-def sample_of(key: str, ending: str, image: bytes, label: int | None) -> dict[str, Any]:
+def sample_of(key: str, ending: str, image: bytes | memoryview, label: int | None) -> dict[str, Any]:
     """A sample as TarWriter takes it."""
     return {"__key__": key, ending: image} | ({} if label is None else {LABEL_MEMBER: str(label).encode()})
 
