@@ -299,6 +299,12 @@ def _tokenizer_size(section: dict[str, Any], tokenizer: Any, grid: tuple[int, in
 def _check_agreement(objective: Any, sections: Sections, frozen: dict[str, Any]) -> None:
     """Refuse what an objective reads and nobody writes, and numbers that contradict each other."""
     name = sections["objective"]["name"]
+    crops = sections["data"].get("view", {}).get("name") == "multi_crop"
+    if crops != ("local_images" in objective.reads):
+        raise ConfigError(
+            f"data.view.name={'multi_crop' if crops else 'a single crop'}, but objective.name={name} reads "
+            f"{'one crop; use crop' if crops else 'several; use multi_crop'}"
+        )
     if "mask" in objective.reads and sections.get("mask") is None:
         raise ConfigError(f"objective.name={name} needs a mask; add e.g. mask: {{name: random, ratio: 0.75}}")
     if "codes" in objective.reads:

@@ -5,7 +5,8 @@ device; H may differ from W. Each network
 normalises its own input on its first line. The shape legend is in `mim/__init__.py`.
 
 A `Batch` is a dict:
-    images             (B, C, H, W)
+    images             (B, C, H, W), or (B, V, C, H, W): V global crops
+    local_images       (B, n, C, h, w) local crops, of views that make some
     tokenizer_images   (B, C, H', W') the same crop and flip at the tokenizer's size
     mask               (B, N) bool, True = masked, row-major over the grid; the same count in every row
     num_masked         int, that count, known without asking the device

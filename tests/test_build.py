@@ -122,6 +122,12 @@ def test_a_mistyped_key_of_a_frozen_tokenizer_is_refused(recipe):
 # ---- objective -----------------------------------------------------------------------------------
 
 
+def test_an_objective_of_one_crop_refuses_several(recipe):
+    sections = recipe("mae")
+    sections["data"]["view"] = {"name": "multi_crop"}
+    assert refusal(sections) == "data.view.name=multi_crop, but objective.name=mae reads one crop; use crop"
+
+
 @pytest.mark.parametrize("objective", ["mae", "beit"])
 def test_an_objective_that_reads_a_mask_needs_one(recipe, objective):
     sections = recipe(objective)

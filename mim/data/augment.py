@@ -71,6 +71,35 @@ def center(
     return _render(image, box, sizes)
 
 
+def multi_crop(
+    image: Image,
+    rng: np.random.Generator,
+    sizes: Sizes,
+    *,
+    num_global: int = 2,
+    global_scale: tuple[float, float] = (0.4, 1.0),  # share of the area (DINO, appendix C; 0.25 in its longest runs)
+    num_local: int = 8,
+    local_scale: tuple[float, float] = (0.05, 0.4),
+    local_size: int = 96,  # pixels, square
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    hflip: float = 0.5,
+) -> dict[str, Tensor]:
+    """Several crops of one image (SwAV, arXiv 2006.09882, section 3.2; DINO, arXiv 2104.14294, section 3.1).
+
+    Returns `images` (V, C, H, W) at the run's size and `local_images` (n, C, h, w), each of a box and flip of its own.
+    """
+    whole = image.whole() if isinstance(image, Encoded) else image  # together the boxes cover most of it
+    kinds = {
+        "images": (num_global, global_scale, sizes[0]),
+        "local_images": (num_local, local_scale, (local_size,) * 2),
+    }
+    return {
+        name: torch.stack([crop(whole, rng, [size], scale=scale, ratio=ratio, hflip=hflip)[0] for _ in range(num)])
+        for name, (num, scale, size) in kinds.items()
+        if num
+    }
+
+
 def gray_crop(
     image: Image,
     rng: np.random.Generator,

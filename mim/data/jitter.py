@@ -33,6 +33,12 @@ def jitter_(views: list[Tensor], noise: Tensor, strength: float) -> None:
         _change_([view[rows] for view in views], factors[rows])
 
 
+def jitter_crops_(crops: list[Tensor], noise: Tensor, strength: float) -> None:
+    """Change the colours of crops (B, V, 3, h, w), in place: each crop by draws of its own."""
+    for number, crop in enumerate(crop for views in crops for crop in views.unbind(dim=1)):
+        jitter_([crop], noise + number, strength)
+
+
 def _change_(views: list[Tensor], factors: Tensor) -> None:
     brightness, contrast, saturation = factors.split(1, dim=1)  # (B, 1, 1, 1) each
     lumas = [_luma(view) for view in views]  # (B, 1, h, w)
