@@ -149,7 +149,7 @@ def test_a_dataset_of_ours_is_a_source_like_any_tars(folder, tmp_path, source):
     make(tmp_path / source, tmp_path / "out", labels="cls", workers=1)
     expected = [sample for root in sorted((tmp_path / source).rglob(LOCK)) for sample in images(root.parent)]
     found = images(tmp_path / "out")
-    assert sorted((s.image, s.label) for s in found) == sorted((s.image, s.label) for s in expected)
+    assert sorted((bytes(s.image), s.label) for s in found) == sorted((bytes(s.image), s.label) for s in expected)
 
 
 # ---- smaller images ------------------------------------------------------------------------------
