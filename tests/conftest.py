@@ -94,3 +94,9 @@ def loaded_run(recipe, shards, tmp_path):
         return LoadedRun(built.objective, built.encoder, built.frozen, built.views, built.sections, 7, tmp_path / "run")
 
     return load
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path_factory, monkeypatch):
+    """A home of its own for every test: caches begin empty, and nobody's are touched."""
+    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
