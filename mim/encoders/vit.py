@@ -8,6 +8,7 @@ bit for bit, so an export to timm is the module itself.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import timm
@@ -40,14 +41,6 @@ class Config:
 
 def build(cfg: Config, *, image_size: tuple[int, int], channels: int) -> ViT:
     """Build the encoder for images of one size; the grid must divide."""
-    overrides: dict[str, Any] = {
-        "embed_dim": cfg.width,
-        "depth": cfg.depth,
-        "num_heads": cfg.num_heads,
-        "patch_size": cfg.patch_size,
-        "init_values": cfg.layer_scale,
-        "reg_tokens": cfg.num_registers,
-    }
     if cfg.positions not in ("learn", "sincos"):
         raise ValueError(f"encoder.positions={cfg.positions!r} is unknown; choose learn or sincos")
     if cfg.weight_init not in ("", "jax", "moco"):
@@ -55,8 +48,21 @@ def build(cfg: Config, *, image_size: tuple[int, int], channels: int) -> ViT:
     if not timm.is_model(cfg.model):
         close = timm.list_models(f"*{cfg.model.split('_')[0]}*")[:5]
         raise ValueError(f"encoder.model={cfg.model!r} is not a timm model; some that are: {', '.join(close)}")
+    return ViT(cfg, image_size=image_size, channels=channels)
+
+
+def create(cfg: Config, *, image_size: tuple[int, int], channels: int, depth: int | None = None) -> VisionTransformer:
+    """timm's module as the recipe wants it, or one of another depth."""
+    overrides: dict[str, Any] = {
+        "embed_dim": cfg.width,
+        "depth": depth or cfg.depth,
+        "num_heads": cfg.num_heads,
+        "patch_size": cfg.patch_size,
+        "init_values": cfg.layer_scale,
+        "reg_tokens": cfg.num_registers,
+    }
     try:
-        vit = timm.create_model(
+        vit: Any = timm.create_model(
             cfg.model,
             img_size=image_size,
             in_chans=channels,
@@ -69,6 +75,14 @@ def build(cfg: Config, *, image_size: tuple[int, int], channels: int) -> ViT:
         raise ValueError(f"encoder.width={cfg.width} with encoder.num_heads={cfg.num_heads}: {error}") from error
     except TypeError as error:  # another kind of model has other arguments
         raise ValueError(f"encoder.model={cfg.model!r} is not timm's VisionTransformer: {error}") from error
+    _check(vit, cfg)
+    if cfg.qk_gain is not None:
+        tie_keys_to_queries(vit.blocks, cfg.qk_gain)
+    return vit
+
+
+def _check(vit: Any, cfg: Config) -> None:
+    """Refuse models that have no tokens of their own or cannot have what the recipe asks."""
     if not isinstance(vit, VisionTransformer):
         raise ValueError(f"encoder.model={cfg.model!r} is a {type(vit).__name__}; `vit` takes timm's VisionTransformer")
     if isinstance(vit.norm, nn.Identity):
@@ -84,7 +98,6 @@ def build(cfg: Config, *, image_size: tuple[int, int], channels: int) -> ViT:
         )
     if cfg.positions == "sincos" and vit.pos_embed is None:
         raise ValueError(f"encoder.positions=sincos, but encoder.model={cfg.model!r} has no table of positions")
-    return ViT(vit, cfg)
 
 
 class ViT(nn.Module):
@@ -95,14 +108,15 @@ class ViT(nn.Module):
     mean: Tensor  # (1, C, 1, 1), as std
     std: Tensor
 
-    def __init__(self, vit: VisionTransformer, cfg: Config) -> None:
+    def __init__(self, cfg: Config, *, image_size: tuple[int, int], channels: int) -> None:
         super().__init__()
-        self.vit = vit
+        self.create = partial(create, cfg, image_size=image_size, channels=channels)
+        self.vit = vit = self.create()
+        self.channels = channels
         self.width = vit.embed_dim
         self.depth = len(vit.blocks)
         self.patch_size = vit.patch_embed.patch_size[0]
         self.num_prefix = vit.num_prefix_tokens
-        channels = vit.patch_embed.proj.in_channels
         mean, std = cfg.mean or [0.5] * channels, cfg.std or [0.5] * channels
         for name, values in (("mean", mean), ("std", std)):
             if len(values) != channels:
@@ -110,8 +124,6 @@ class ViT(nn.Module):
             self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
         if cfg.positions == "sincos":
             self._fix_positions()
-        if cfg.qk_gain is not None:
-            tie_keys_to_queries(vit.blocks, cfg.qk_gain)
 
     def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Return (h, w) for an image size (H, W) in pixels."""
@@ -162,6 +174,11 @@ class ViT(nn.Module):
     def final_norm(self) -> nn.Module:
         return self.vit.norm
 
+    def more_blocks(self, num: int, start: int) -> MoreBlocks:
+        """Further blocks on top of block `start`, as a deeper encoder of this recipe has them."""
+        deeper = self.create(depth=max(self.depth, start + num))
+        return MoreBlocks(deeper.blocks[start : start + num])
+
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are never decayed (timm's list)."""
         return {f"vit.{name}" for name in self.vit.no_weight_decay()}
@@ -200,3 +217,17 @@ class ViT(nn.Module):
         with torch.no_grad():
             table.copy_(torch.cat([positions.new_zeros(prefix, self.width), positions]).unsqueeze(0))
         table.requires_grad_(False)
+
+
+class MoreBlocks(nn.Module):
+    """Blocks that go on from an encoder's raw features."""
+
+    def __init__(self, blocks: nn.Module) -> None:
+        super().__init__()
+        self.blocks = blocks
+
+    def forward(self, features: Features, grid: tuple[int, int]) -> Features:
+        """Features of all patches -> features, not normed; positions are in the tokens already."""
+        x = self.blocks(torch.cat(features, dim=1))  # (B, R + N, D)
+        num_prefix = features.prefix.shape[1]
+        return Features(x[:, :num_prefix], x[:, num_prefix:])
