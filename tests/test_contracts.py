@@ -49,7 +49,8 @@ def files_of(package):
 
 
 def tiny_config(package, name):
-    return config.component(package, {"name": name, **TINY.get(name, {})}, "test")
+    options = TINY.get(f"{package}.{name}", TINY.get(name, {}))
+    return config.component(package, {"name": name, **options}, "test")
 
 
 def an_encoder(name="vit"):
@@ -64,9 +65,9 @@ def a_tokenizer(name="dvae"):
     return module.build(cfg)
 
 
-def an_objective(name):
+def an_objective(name, encoder="vit"):
     module, cfg = tiny_config("mim.objectives", name)
-    return module.build(a_tokenizer() if name == "tokenize" else an_encoder(), cfg)
+    return module.build(a_tokenizer() if name == "tokenize" else an_encoder(encoder), cfg)
 
 
 def a_batch(grid=(4, 4), num_codes=16):
@@ -233,6 +234,43 @@ def test_the_last_layer_with_the_norm_is_the_output(encoder):
     assert not torch.equal(first.patches, last.patches)
     (raw,) = encoder.layers(images, [-1])
     assert torch.equal(encoder.final_norm(raw.patches), last.patches)
+
+
+def test_more_blocks_go_on_from_raw_features_and_are_trained(encoder):
+    images, grid = a_batch()["images"], encoder.grid(SIZE)
+    more = encoder.more_blocks(2, encoder.depth - 1)
+    (raw,) = encoder.layers(images, [-2])
+    found = more(raw, grid)
+    assert found.patches.shape == raw.patches.shape
+    assert found.prefix.shape == raw.prefix.shape
+    found.patches.square().sum().backward()
+    owned = dict(more.named_parameters())
+    assert owned
+    assert not [name for name, p in owned.items() if p.grad is None or not p.grad.any()]
+    assert not {p.data_ptr() for p in owned.values()} & {p.data_ptr() for p in encoder.parameters()}
+
+
+def test_an_encoder_says_how_many_channels_it_takes(encoder):
+    assert encoder.channels == encoder.normalize(a_batch()["images"]).shape[1]
+
+
+@pytest.mark.parametrize("name", KNOWN["mim.encoders"])
+def test_an_objective_trains_an_encoder_of_any_kind_or_refuses_it(name):
+    served, refusals = [], []
+    for objective in set(OBJECTIVES) - {"tokenize"}:
+        try:
+            wrapped = an_objective(objective, name).train()
+        except ValueError as error:
+            refusals.append(str(error))
+            continue
+        served.append(objective)
+        loss = wrapped(a_batch(wrapped.encoder.grid(SIZE)), torch.tensor(0.5))["loss"]
+        assert loss.isfinite().all(), objective
+        loss.sum().backward()
+        reached = [p.grad is not None and p.grad.any() for p in wrapped.encoder.parameters() if p.requires_grad]
+        assert sum(reached) > len(reached) / 2, objective
+    assert served
+    assert all("encoder" in refusal for refusal in refusals)
 
 
 def test_every_parameter_has_a_depth_and_every_depth_a_parameter(encoder):
