@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mim.contracts import Features
+from mim.encoders import beit as beit_encoder
 from mim.encoders import vit
 from mim.objectives import beit, beit2
 from mim.patches import patchify, unpatchify
@@ -162,3 +163,16 @@ def test_an_early_layer_that_is_none_or_the_last_is_refused(early):
 def test_no_extra_blocks_are_refused():
     with pytest.raises(ValueError, match=r"objective\.head_layers=0 must be at least 1; without, use objective"):
         beit2.build(an_encoder(), beit2.Config(early_layer=1, head_layers=0))
+
+
+def test_over_relative_positions_the_extra_blocks_share_the_encoder_s_table():
+    torch.manual_seed(0)
+    cfg = beit_encoder.Config(width=32, depth=3, num_heads=2, patch_size=8)
+    encoder = beit_encoder.build(cfg, image_size=(32, 32), channels=3)
+    built = beit2.build(encoder, beit2.Config(num_codes=CODES, early_layer=1))
+    names = [name for name, _ in built.named_parameters() if "relative_position" in name]
+    assert names == ["encoder.vit.rel_pos_bias.relative_position_bias_table"]
+    features = encoder.layers(torch.rand(2, 3, 32, 32), [0])[0]
+    before = built.extra_blocks(features, (4, 4)).patches
+    encoder.vit.rel_pos_bias.relative_position_bias_table.data.normal_()
+    assert not torch.allclose(built.extra_blocks(features, (4, 4)).patches, before, atol=1e-4)

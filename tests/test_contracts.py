@@ -49,7 +49,8 @@ def files_of(package):
 
 
 def tiny_config(package, name):
-    return config.component(package, {"name": name, **TINY.get(name, {})}, "test")
+    options = TINY.get(f"{package}.{name}", TINY.get(name, {}))
+    return config.component(package, {"name": name, **options}, "test")
 
 
 def an_encoder(name="vit"):

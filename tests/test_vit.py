@@ -304,7 +304,7 @@ def test_a_size_that_does_not_divide_is_refused():
     [
         ({"width": 50, "num_heads": 3}, "encoder.width=50 with encoder.num_heads=3: "),
         ({"positions": "cosine"}, "encoder.positions='cosine' is unknown; choose learn or sincos"),
-        ({"weight_init": "xavier"}, "encoder.weight_init='xavier' is unknown; choose jax, moco or ''"),
+        ({"weight_init": "xavier"}, "encoder.weight_init='xavier' is unknown; choose beit, mae, jax, moco or ''"),
         ({"model": "vit_tny"}, "encoder.model='vit_tny' is not a timm model; some that are: "),
         ({"model": "beit_base_patch16_224"}, "encoder.model='beit_base_patch16_224' is not timm's VisionTransformer"),
         ({"model": "resnet18"}, "encoder.model='resnet18' is not timm's VisionTransformer"),
