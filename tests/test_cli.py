@@ -270,7 +270,10 @@ def test_an_unknown_recipe_is_refused_with_the_closest(refused):
         ("mask.ratio=1.5", "mask.ratio=1.5 must lie between 0 and 1"),
         ("mask=null", "objective.name=mae needs a mask"),
         ("encoder.patch_size=7", "image"),
-        ("encoder.width=33", "encoder.width=33"),
+        (
+            "encoder.width=33",
+            "encoder.model='vit_tiny_patch16_224' cannot be built for images of 32x32 and encoder.width=33 with ",
+        ),
         ("optim.warmup='3 epochs'", "optim.warmup='3 epochs' is"),
         ("optim.length=soon", "optim.length='soon' is not a duration"),
         ("optim.base_lr=1", "optim.lr=0.001 and optim.base_lr=1.0: give exactly one"),
