@@ -24,6 +24,7 @@ TINY = {
     "dvae": {"num_codes": 16, "width": 8, "n_init": 8, "num_groups": 4, "blocks_per_group": 1},
     "mae": {"decoder_width": 16, "decoder_depth": 1, "decoder_num_heads": 2},
     "beit": {"num_codes": 16},
+    "beit2": {"num_codes": 16, "early_layer": 1},
 }  # options that make a component small; one that is not named here is small enough as it is
 
 
@@ -76,7 +77,7 @@ def recipe(shards, saved_tokenizer):
             found["tokenizer"] = {"name": "dvae", **TINY["dvae"]}
         else:
             found |= {"encoder": {"name": "vit", **TINY["vit"]}, "mask": {"name": "random", "ratio": 0.5}}
-        if objective == "beit":
+        if objective in ("beit", "beit2"):
             found["tokenizer"] = {"recipe": "dvae", "path": str(saved_tokenizer)}
         return copy.deepcopy(found)
 
