@@ -61,7 +61,10 @@ def survey(model: Any, image_size: tuple[int, int], channels: int) -> Survey:
     (output,) = model.forward_intermediates(images, indices=[last], intermediates_only=True)
     _, width, h, w = output.shape
     if image_size[0] % h or image_size[1] % w or image_size[0] // h != image_size[1] // w:
-        raise Refused(f"makes a grid of {h}x{w} from images of {image_size[0]}x{image_size[1]}: not one stride")
+        raise Refused(
+            f"makes a grid of {h}x{w} of images of {image_size[0]}x{image_size[1]} pixels, which is not one stride; "
+            f"choose another image size"
+        )
     found = [_stem(name, model.get_submodule(name), outputs.get(name), images, (h, w)) for name in names]
     stems = [stem for stem in found if stem is not None and stem.width <= width]
     if not stems:

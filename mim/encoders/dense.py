@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import re
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -72,6 +73,10 @@ def build(cfg: Config, *, image_size: tuple[int, int], channels: int) -> Dense:
     except Refused as error:
         raise ValueError(f"encoder.model={cfg.model!r} {error}") from error
     except REFUSALS as error:  # timm's own checks of sizes, windows and options
+        if fixed := re.search(r"multiple values for keyword argument '(\w+)'", str(error)):
+            raise ValueError(
+                f"encoder.options.{fixed[1]} is fixed by timm in encoder.model={cfg.model!r}; choose another model"
+            ) from error
         raise ValueError(
             f"encoder.model={cfg.model!r} cannot be built for images of {image_size[0]}x{image_size[1]} pixels and "
             f"{channels} channels with encoder.options={cfg.options}: {error or type(error).__name__}"
@@ -79,6 +84,7 @@ def build(cfg: Config, *, image_size: tuple[int, int], channels: int) -> Dense:
     return Dense(create(), facts, cfg, arguments)
 
 
+@functools.cache
 def _options(model: str) -> set[str]:
     """Names of the arguments of a model's class, with the fields of the dataclass that it may take."""
     with torch.device("meta"):

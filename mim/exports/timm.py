@@ -14,7 +14,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import VisionTransformer, save_for_hf
+from timm.models import save_for_hf
 
 from mim.config import ConfigError
 from mim.contracts import LoadedRun
@@ -38,8 +38,8 @@ class Config:
 def export(loaded: LoadedRun, out: Path, cfg: Config) -> dict[str, Any]:
     """Write the folder, reload it with timm and compare. Returns the report that is also `report.json`."""
     encoder = loaded.encoder
-    if encoder is None or not hasattr(encoder, "vit"):
-        raise ConfigError(f"{loaded.path} has no timm backbone to export; export a run with encoder.name=vit")
+    if encoder is None:
+        raise ConfigError(f"{loaded.path} has no timm backbone to export; export a run with an encoder")
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not empty; choose another folder for the export")
     place = out.resolve()
@@ -59,9 +59,9 @@ def export(loaded: LoadedRun, out: Path, cfg: Config) -> dict[str, Any]:
 def write(loaded: LoadedRun, temporary: Path, cfg: Config, *, folder: Path) -> dict[str, Any]:
     """Fill the temporary folder of an export that will be `folder`, and compare. Returns the report."""
     encoder = loaded.encoder
-    model = encoder.vit.cpu().eval()
+    model = backbone(encoder).cpu().eval()
     mean, std = encoder.mean.flatten().tolist(), encoder.std.flatten().tolist()
-    size = (len(mean), *model.patch_embed.img_size)
+    size = (len(mean), *loaded.views.sizes[0])
     data_config = {"input_size": size, "mean": mean, "std": std, "interpolation": "bicubic", "crop_pct": 1.0}
     save_for_hf(
         model,
@@ -103,8 +103,15 @@ def write(loaded: LoadedRun, temporary: Path, cfg: Config, *, folder: Path) -> d
     return report
 
 
+def backbone(encoder: Any) -> Any:
+    """The timm module inside an encoder."""
+    return encoder.model if hasattr(encoder, "model") else encoder.vit
+
+
 def model_args(encoder: Any, size: tuple[int, ...]) -> dict[str, Any]:
     """Arguments of timm's factory that rebuild this very module."""
+    if hasattr(encoder, "arguments"):  # dense
+        return encoder.arguments
     vit = encoder.vit
     layer_scale = getattr(vit.blocks[0].ls1, "gamma", None)
     return {
@@ -120,8 +127,10 @@ def model_args(encoder: Any, size: tuple[int, ...]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def compare(model: VisionTransformer, folder: Path, size: tuple[int, ...]) -> float:
+def compare(model: Any, folder: Path, size: tuple[int, ...]) -> float:
     """Largest absolute difference of the features of a fixed batch between a module and its export."""
     reloaded: Any = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
     images = torch.rand(2, *size, generator=torch.Generator().manual_seed(0))
-    return float((model.forward_features(images) - reloaded.forward_features(images)).abs().max())
+    ours, theirs = (m.forward_features(images) for m in (model, reloaded))
+    branches = zip(ours, theirs, strict=True) if isinstance(ours, list) else [(ours, theirs)]  # CrossViT has two
+    return max(float((a - b).abs().max()) for a, b in branches)
