@@ -63,10 +63,9 @@ def build(cfg: Config, *, image_size: tuple[int, int], channels: int) -> Dense:
         )
     if cfg.drop_path_rate and "drop_path_rate" not in known:
         raise ValueError(f"encoder.model={cfg.model!r} drops no paths; set encoder.drop_path_rate=0")
-    arguments: dict[str, Any] = {"in_chans": channels, "img_size": list(image_size), **cfg.options}
-    arguments = {key: value for key, value in arguments.items() if key in known}
-    training: dict[str, Any] = {"drop_path_rate": cfg.drop_path_rate} if "drop_path_rate" in known else {}
-    create = functools.partial(timm.create_model, cfg.model, num_classes=0, **arguments, **training)
+    shape: dict[str, Any] = {"img_size": list(image_size), "drop_path_rate": cfg.drop_path_rate}
+    shape = {key: value for key, value in shape.items() if key in known}
+    create = functools.partial(timm.create_model, cfg.model, in_chans=channels, num_classes=0, **shape, **cfg.options)
     try:
         with torch.device("meta"):
             facts = survey(create().eval(), image_size, channels)
@@ -81,7 +80,7 @@ def build(cfg: Config, *, image_size: tuple[int, int], channels: int) -> Dense:
             f"encoder.model={cfg.model!r} cannot be built for images of {image_size[0]}x{image_size[1]} pixels and "
             f"{channels} channels with encoder.options={cfg.options}: {error or type(error).__name__}"
         ) from error
-    return Dense(create(), facts, cfg, arguments)
+    return Dense(create(), facts, cfg, channels=channels)
 
 
 @functools.cache
@@ -102,11 +101,10 @@ class Dense(nn.Module):
     mean: Tensor  # (1, C, 1, 1), as std
     std: Tensor
 
-    def __init__(self, model: Any, facts: Survey, cfg: Config, arguments: dict[str, Any]) -> None:
+    def __init__(self, model: Any, facts: Survey, cfg: Config, *, channels: int) -> None:
         super().__init__()
         self.model = model
-        self.arguments = arguments  # of timm's factory, to build this very module
-        self.channels = arguments["in_chans"]
+        self.channels = channels
         self.width = facts.width
         self.depth = facts.depth
         self.patch_size = facts.patch_size
