@@ -23,8 +23,13 @@ SMALL = {  # family: model, options that make it small, image size
     "cait": ("cait_xxs24_224", PLAIN | {"depth_token_only": 1}, (32, 48)),
     "crossvit": (
         "crossvit_tiny_240",
-        {"embed_dim": [16, 32], "depth": [[1, 2, 0], [1, 2, 0]], "num_heads": [2, 2], "mlp_ratio": [2, 2, 1],
-         "img_scale": [1.0, 2 / 3]},
+        {
+            "embed_dim": [16, 32],
+            "depth": [[1, 2, 0], [1, 2, 0]],
+            "num_heads": [2, 2],
+            "mlp_ratio": [2, 2, 1],
+            "img_scale": [1.0, 2 / 3],
+        },
         (48, 72),
     ),
     "mobilevit": ("mobilevit_xxs", {"width_factor": 0.5}, (64, 96)),
@@ -175,7 +180,9 @@ def as_map(output, layout, grid):
     ]()
 
 
-@pytest.mark.parametrize(("columns", "model", "layout"), [(16, "swin", "NHWC"), (8, "mambaout", "NHWC"), (8, "convnext", "NCHW")])
+@pytest.mark.parametrize(
+    ("columns", "model", "layout"), [(16, "swin", "NHWC"), (8, "mambaout", "NHWC"), (8, "convnext", "NCHW")]
+)
 def test_rows_and_channels_of_a_stem_are_told_apart_where_they_are_equally_many(columns, model, layout):
     name, options, _ = SMALL[model]
     encoder = build(Config(name, options=options), image_size=(4 * columns, 4 * columns), channels=3)
@@ -293,7 +300,7 @@ def test_blocks_that_end_a_stage_have_an_output(family, ends):
 
 def test_a_block_inside_a_stage_is_refused():
     with pytest.raises(ValueError, match="block 2 of SwinTransformer has no output of its own; blocks that have: 1, 3"):
-        small("swin").layers(images_for("swin"), [0, 2][1:])
+        small("swin").layers(images_for("swin"), [2])
 
 
 def test_every_parameter_has_a_depth_and_every_depth_a_parameter(family):
@@ -350,15 +357,35 @@ def test_the_export_reloads_in_timm_with_equal_features(family, recipe, tmp_path
         ({"model": "swim_tiny"}, 64, "encoder.model='swim_tiny' is not a timm model; some that are: "),
         ({"options": {"depht": 2}}, 64, "encoder.options.depht is not an option of encoder.model='swin_tiny_patch4"),
         ({"options": {"img_size": 32}}, 64, "encoder.options.img_size is not an option of encoder.model='swin_tiny_pa"),
-        ({"model": "mobilevit_xxs", "options": {"chs": 2}}, 64, "known: aa_layer, act_layer, attn_kwargs, attn_layer, bl"),
-        ({"model": "deit3_small_patch16_224", "options": {"embed_dim": 50}}, 64, "images of 64x64 pixels and 3 channels"),
-        ({"model": "mixer_s16_224", "options": {"embed_dim": 64}}, 64, "encoder.options.embed_dim is fixed by timm in "),
+        (
+            {"model": "mobilevit_xxs", "options": {"chs": 2}},
+            64,
+            "known: aa_layer, act_layer, attn_kwargs, ",
+        ),
+        (
+            {"model": "deit3_small_patch16_224", "options": {"embed_dim": 50}},
+            64,
+            "of 64x64 pixels and 3 channels",
+        ),
+        (
+            {"model": "mixer_s16_224", "options": {"embed_dim": 64}},
+            64,
+            "encoder.options.embed_dim is fixed by timm",
+        ),
         ({"model": "hiera_tiny_224"}, 60, "encoder.model='hiera_tiny_224' cannot be built for images of 60x60 pixels"),
         ({"model": "nest_tiny"}, 100, "encoder.model='nest_tiny' cannot be built for images of 100x100 pixels"),
         ({"model": "mobilevitv2_050"}, (64, 96), "makes a grid of 2x4 of images of 64x96 pixels, which is not one str"),
-        ({"model": "pit_s_224"}, 224, "encoder.model='pit_s_224' has no patch_embed, stem, conv_stem or conv1 whose gr"),
+        (
+            {"model": "pit_s_224"},
+            224,
+            "encoder.model='pit_s_224' has no patch_embed, stem, conv_stem or conv1",
+        ),
         ({"model": "vgg11"}, 64, "so masked tokens cannot be replaced; choose another model or image size"),
-        ({"model": "vgg11", "drop_path_rate": 0.1}, 64, "encoder.model='vgg11' drops no paths; set encoder.drop_path_r"),
+        (
+            {"model": "vgg11", "drop_path_rate": 0.1},
+            64,
+            "encoder.model='vgg11' drops no paths; set ",
+        ),
         ({"mean": [0.5], "std": [0.5]}, 64, "encoder.mean has 1 values for images of 3 channels"),
     ],
 )
@@ -383,10 +410,10 @@ def test_an_image_that_the_stride_does_not_divide_is_refused():
 
 
 def test_a_dense_model_cannot_serve_mae():
-    with pytest.raises(ValueError, match="objective.name=mae needs an encoder that can drop patches"):
+    with pytest.raises(ValueError, match=r"objective\.name=mae needs an encoder that can drop patches"):
         mae.build(small("swin"), mae.Config())
 
 
 def test_a_dense_model_has_no_further_blocks():
-    with pytest.raises(ValueError, match="encoder.name=dense has no further blocks of the kind of SwinTransformer"):
+    with pytest.raises(ValueError, match=r"encoder\.name=dense has no further blocks of the kind of SwinTransformer"):
         small("swin").more_blocks(2, 1)
