@@ -66,9 +66,9 @@ def a_tokenizer(name="dvae"):
     return module.build(cfg)
 
 
-def an_objective(name):
+def an_objective(name, encoder="vit"):
     module, cfg = tiny_config("mim.objectives", name)
-    return module.build(a_tokenizer() if name == "tokenize" else an_encoder(), cfg)
+    return module.build(a_tokenizer() if name == "tokenize" else an_encoder(encoder), cfg)
 
 
 def a_batch(grid=(4, 4), num_codes=16):
@@ -255,6 +255,25 @@ def test_more_blocks_go_on_from_raw_features_and_are_trained(encoder):
 
 def test_an_encoder_says_how_many_channels_it_takes(encoder):
     assert encoder.channels == encoder.normalize(a_batch()["images"]).shape[1]
+
+
+@pytest.mark.parametrize("name", KNOWN["mim.encoders"])
+def test_an_objective_trains_an_encoder_of_any_kind_or_refuses_it(name):
+    served, refusals = [], []
+    for objective in set(OBJECTIVES) - {"tokenize"}:
+        try:
+            wrapped = an_objective(objective, name).train()
+        except ValueError as error:
+            refusals.append(str(error))
+            continue
+        served.append(objective)
+        loss = wrapped(a_batch(wrapped.encoder.grid(SIZE)), torch.tensor(0.5))["loss"]
+        assert loss.isfinite().all(), objective
+        loss.sum().backward()
+        reached = [p.grad is not None and p.grad.any() for p in wrapped.encoder.parameters() if p.requires_grad]
+        assert sum(reached) > len(reached) / 2, objective
+    assert served
+    assert all("encoder" in refusal for refusal in refusals)
 
 
 def test_every_parameter_has_a_depth_and_every_depth_a_parameter(encoder):
