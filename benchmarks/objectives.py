@@ -43,14 +43,12 @@ def main() -> None:
     figures = {}
     tokenizer = arguments.tokenizer or trained_tokenizer(arguments)
     for name in arguments.objectives:
-        overrides = [*short(arguments), *OWN.get(name, [])]
-        if name in ("beit", "beit2"):
-            overrides.append(f"tokenizer.path={tokenizer}")
+        tokens = [f"tokenizer.path={tokenizer}"] if name in ("beit", "beit2") else []
+        recipe = written(RECIPES[name], [*short(arguments), *OWN.get(name, []), *tokens], arguments.out)
         run = arguments.out / f"{name}-{arguments.steps}"
-        if train.main(RECIPES[name], [*overrides, f"train.run={run}"]) != train.DONE:
-            raise SystemExit(f"{run} was stopped; the same command resumes")
+        trained(recipe, run)
         figures[name] = measure(build.load_run(run), arguments.images)
-        figures[name]["one_batch"] = one_batch(RECIPES[name], overrides, arguments.fit_steps)
+        figures[name]["one_batch"] = one_batch(recipe, arguments.fit_steps)
     fitted = f"one batch, {arguments.fit_steps} steps"
     print(f"\n{'objective':10} {'held-out loss':>13} {'best trivial':>13} {'ratio':>6}   {fitted}")
     for name, found in figures.items():
@@ -91,15 +89,27 @@ def short(arguments: argparse.Namespace) -> list[str]:
         f"train.save_every={arguments.steps} steps",
         f"train.log_every={max(arguments.steps // 10, 1)} steps",
         "train.workers=0",
-        "evals={}",
     ]
+
+
+def written(recipe: str, overrides: list[str], folder: Path) -> Path:
+    """The recipe with overrides and without evaluations, as a file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{recipe}.yaml"
+    path.write_text(config.to_yaml({**config.read(recipe, overrides), "evals": {}}))
+    return path
+
+
+def trained(recipe: Path, run: Path) -> None:
+    if train.main(str(recipe), [f"train.run={run}"]) != train.DONE:
+        raise SystemExit(f"{run} was stopped; the same command resumes")
 
 
 def trained_tokenizer(arguments: argparse.Namespace) -> Path:
     run = arguments.out / f"tokenizer-{arguments.tokenizer_steps}"
     if {"beit", "beit2"} & set(arguments.objectives):
-        length = [f"optim.length={arguments.tokenizer_steps} steps", "train.workers=0", "evals={}"]
-        train.main(TOKENIZER, [f"data.path={arguments.data}", *length, f"train.run={run}"])
+        length = f"optim.length={arguments.tokenizer_steps} steps"
+        trained(written(TOKENIZER, [f"data.path={arguments.data}", length, "train.workers=0"], arguments.out), run)
     return run
 
 
@@ -176,9 +186,9 @@ def codes(loaded: LoadedRun, training: list[Batch], held_out: list[Batch]) -> di
 # ---- one batch by heart --------------------------------------------------------------------------
 
 
-def one_batch(recipe: str, overrides: list[str], steps: int) -> tuple[float, float]:
+def one_batch(recipe: Path, steps: int) -> tuple[float, float]:
     """Loss of a fresh network on one batch of training images, before and after `steps` updates on it."""
-    cfg = config.typed(train.Config, config.read(recipe, overrides))
+    cfg = config.typed(train.Config, config.read(str(recipe)))
     training, _ = build.open_data(config.plain(cfg))
     torch.manual_seed(cfg.optim.seed)
     built = build.build(config.plain(cfg), dataset=training)

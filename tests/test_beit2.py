@@ -117,6 +117,15 @@ def test_with_registers_the_early_patches_are_joined_with_all_of_the_prefix(batc
     assert seen == [(3, 3, 32)]
 
 
+def test_an_encoder_without_class_token_is_refused(batch):
+    encoder = an_encoder()
+    built = beit2.build(encoder, beit2.Config(num_codes=CODES, early_layer=EARLY)).eval()
+    layers = encoder.layers
+    encoder.layers = lambda *args, **options: [Features(f.prefix[:, :0], f.patches) for f in layers(*args, **options)]
+    with pytest.raises(ValueError, match="predicts through the class token, but this encoder has none"):
+        built(batch, PROGRESS)
+
+
 def test_pixels_of_masked_patches_change_nothing(objective, batch):
     patches = patchify(batch["images"], 8)
     repainted = unpatchify(torch.where(batch["mask"][..., None], 1 - patches, patches), (4, 6), 3)

@@ -68,6 +68,10 @@ class BEiT2(nn.Module):
         _, ids_mask, _ = mask_to_ids(mask, batch["num_masked"])
         codes = batch["codes"].gather(1, ids_mask)  # (B, M)
         early, last = self.encoder.layers(images, [self.early_layer - 1, -1], mask=mask, mask_token=self.mask_token)
+        if not last.prefix.shape[1]:
+            raise ValueError(
+                "objective.name=beit2 predicts through the class token, but this encoder has none; use beit"
+            )
         extra = self.extra_blocks(Features(last.prefix, early.patches), self.encoder.grid(images.shape[-2:]))
         loss, accuracy = code_loss(self.predict(gather(last.patches, ids_mask)), codes)
         class_loss, class_accuracy = code_loss(self.predict(gather(extra.patches, ids_mask)), codes)
