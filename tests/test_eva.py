@@ -20,6 +20,7 @@ VARIANTS = {
     "both positions": {"model": "vit_small_patch16_rope_ape_224"},
     "learned frequencies": {"model": "vit_small_patch16_rope_mixed_224"},  # of each block
     "no class token": {"model": "vit_mediumd_patch16_rope_reg1_gap_256"},
+    "no norm of its own": {"model": "vit_pe_spatial_tiny_patch16_512"},
     "dinov3": {"model": "vit_small_patch16_dinov3"},
     "pixel statistics": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]},
 }

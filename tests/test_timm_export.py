@@ -77,7 +77,7 @@ def test_encoders_of_other_kinds_come_back_with_exactly_the_features_of_the_run(
 def test_what_only_pretraining_needs_is_not_exported(exported):
     _, folder, _ = exported(drop_path_rate=0.3, weight_init="jax")
     arguments = json.loads((folder / "config.json").read_text())["model_args"]
-    assert not {"drop_path_rate", "weight_init", "num_classes"} & arguments.keys()
+    assert not {"drop_path_rate", "weight_init", "num_classes", "dynamic_img_size"} & arguments.keys()
     model = timm.create_model(f"local-dir:{folder}", pretrained=True, drop_path_rate=0.1)  # the user's own
     assert model.blocks[-1].drop_path1.drop_prob == pytest.approx(0.1)
 

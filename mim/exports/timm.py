@@ -21,7 +21,8 @@ from mim.config import ConfigError
 from mim.contracts import LoadedRun
 
 # Arguments of timm's factory that a user chooses anew; transformers passes num_classes itself and would pass it twice.
-OURS_ALONE = ("num_classes", "drop_path_rate", "weight_init", "dynamic_img_size")
+# (Drop rates timm leaves out itself.)
+OURS_ALONE = ("num_classes", "weight_init", "dynamic_img_size")
 README = """# {arch}, pretrained with {objective} by mimstream
 
     import timm
