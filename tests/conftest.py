@@ -22,6 +22,10 @@ TINY = {
     "vit": {"model": "vit_tiny_patch16_224", "width": 32, "depth": 2, "num_heads": 2, "patch_size": 8},
     "eva": {"model": "eva02_tiny_patch14_224", "width": 32, "depth": 2, "num_heads": 2, "patch_size": 8},
     "mim.encoders.beit": {"width": 32, "depth": 2, "num_heads": 2, "patch_size": 8},  # a name of two folders
+    "dense": {
+        "model": "swin_tiny_patch4_window7_224",
+        "options": {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4},
+    },
     "dvae": {"num_codes": 16, "width": 8, "n_init": 8, "num_groups": 4, "blocks_per_group": 1},
     "mae": {"decoder_width": 16, "decoder_depth": 1, "decoder_num_heads": 2},
     "beit": {"num_codes": 16},

@@ -42,10 +42,8 @@ class Config:
 def export(loaded: LoadedRun, out: Path, cfg: Config) -> dict[str, Any]:
     """Write the folder, reload it with timm and compare. Returns the report that is also `report.json`."""
     encoder = loaded.encoder
-    if encoder is None or not hasattr(encoder, "vit"):
-        raise ConfigError(
-            f"{loaded.path} has no timm transformer to export; export a run with encoder.name=vit, eva or beit"
-        )
+    if encoder is None:
+        raise ConfigError(f"{loaded.path} has no timm backbone to export; export a run that trains an encoder")
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not empty; choose another folder for the export")
     place = out.resolve()
@@ -65,9 +63,9 @@ def export(loaded: LoadedRun, out: Path, cfg: Config) -> dict[str, Any]:
 def write(loaded: LoadedRun, temporary: Path, cfg: Config, *, folder: Path) -> dict[str, Any]:
     """Fill the temporary folder of an export that will be `folder`, and compare. Returns the report."""
     encoder = loaded.encoder
-    model = encoder.vit.cpu().eval()
+    model = (encoder.model if hasattr(encoder, "model") else encoder.vit).cpu().eval()
     mean, std = encoder.mean.flatten().tolist(), encoder.std.flatten().tolist()
-    size = (len(mean), *model.patch_embed.img_size)
+    size = (len(mean), *loaded.views.sizes[0])
     data_config = {"input_size": size, "mean": mean, "std": std, "interpolation": "bicubic", "crop_pct": 1.0}
     save_for_hf(
         model,
@@ -114,5 +112,7 @@ def compare(model: nn.Module, folder: Path, size: tuple[int, ...]) -> float:
     """Largest absolute difference of the features of a fixed batch between a module and its export."""
     reloaded: Any = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
     images = torch.rand(2, *size, generator=torch.Generator().manual_seed(0))
-    original: Any = model
-    return float((original.forward_features(images) - reloaded.forward_features(images)).abs().max())
+    models: Any = (model, reloaded)
+    ours, theirs = (m.forward_features(images) for m in models)
+    pairs = zip(ours, theirs, strict=True) if isinstance(ours, list) else [(ours, theirs)]  # CrossViT has two branches
+    return max(float((a - b).abs().max()) for a, b in pairs)
