@@ -19,6 +19,8 @@ torch.set_num_threads(1)  # on tensors this small, threads cost more than they b
 CLASSES = ("columns", "rows", "slopes")
 TINY = {
     "vit": {"model": "vit_tiny_patch16_224", "width": 32, "depth": 2, "num_heads": 2, "patch_size": 8},
+    "eva": {"model": "eva02_tiny_patch14_224", "width": 32, "depth": 2, "num_heads": 2, "patch_size": 8},
+    "mim.encoders.beit": {"width": 32, "depth": 2, "num_heads": 2, "patch_size": 8},  # a name of two folders
     "dvae": {"num_codes": 16, "width": 8, "n_init": 8, "num_groups": 4, "blocks_per_group": 1},
     "mae": {"decoder_width": 16, "decoder_depth": 1, "decoder_num_heads": 2},
     "beit": {"num_codes": 16},

@@ -192,6 +192,38 @@ def test_layers_mask_and_drop_like_the_output_does(encoder, images, mask, token)
         assert torch.equal(last.patches, encoder(images, **options).patches)
 
 
+# ---- more blocks ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_more_blocks_go_on_from_raw_features_as_a_deeper_encoder_would(images):
+    encoder, deeper = an_encoder(), an_encoder(depth=5)
+    more = encoder.more_blocks(2, 3).eval()
+    more.blocks.load_state_dict(deeper.vit.blocks[3:].state_dict())
+    (early, late) = deeper.layers(images, [2, -1])
+    found = more(early, encoder.grid(SIZE))
+    assert torch.equal(found.patches, late.patches)
+    assert torch.equal(found.prefix, late.prefix)
+
+
+def test_more_blocks_drop_paths_as_the_blocks_that_they_stand_beside():
+    def rates(blocks):
+        return [getattr(block.drop_path2, "drop_prob", 0.0) for block in blocks]
+
+    encoder = an_encoder(drop_path_rate=0.2)
+    assert rates(encoder.more_blocks(1, 1).blocks) == pytest.approx([0.1])
+    assert rates(encoder.more_blocks(2, 3).blocks) == pytest.approx([0.15, 0.2])  # of a depth of 5
+
+
+def test_more_blocks_are_trained_and_start_on_their_own():
+    encoder = build(Config("vit_tiny_patch16_224", layer_scale=0.1, **SMALL), image_size=SIZE, channels=3)
+    more = encoder.more_blocks(2, 1)
+    assert all(p.requires_grad for p in more.parameters())
+    assert not torch.equal(more.blocks[0].mlp.fc1.weight, encoder.vit.blocks[1].mlp.fc1.weight)
+    assert {p.data_ptr() for p in more.parameters()}.isdisjoint(p.data_ptr() for p in encoder.parameters())
+    assert (more.blocks[1].ls1.gamma == 0.1).all()
+
+
 # ---- parts ---------------------------------------------------------------------------------------
 
 
@@ -272,7 +304,7 @@ def test_a_size_that_does_not_divide_is_refused():
     [
         ({"width": 50, "num_heads": 3}, "encoder.width=50 with encoder.num_heads=3: "),
         ({"positions": "cosine"}, "encoder.positions='cosine' is unknown; choose learn or sincos"),
-        ({"weight_init": "xavier"}, "encoder.weight_init='xavier' is unknown; choose jax, moco or ''"),
+        ({"weight_init": "xavier"}, "encoder.weight_init='xavier' is unknown; choose beit, mae, jax, moco or ''"),
         ({"model": "vit_tny"}, "encoder.model='vit_tny' is not a timm model; some that are: "),
         ({"model": "beit_base_patch16_224"}, "encoder.model='beit_base_patch16_224' is not timm's VisionTransformer"),
         ({"model": "resnet18"}, "encoder.model='resnet18' is not timm's VisionTransformer"),
