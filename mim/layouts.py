@@ -2,7 +2,8 @@
 
 A layout is recognised by the key of its patch embedding, which also shows the prefix under which the encoder lies
 (`module.`, `backbone.`, `encoder.`, `visual.`, `vit.`, ...). Keys that a layout does not know keep their names, so that
-they end in the report as unused. Tensors of an objective get its name in front: `mae.decoder_embed.weight`.
+they end in the report as unused. Tensors of an objective get its name in front: `mae.decoder_embed.weight`. BEiT's
+`lm_head` is none of these: its rows are codes of a tokenizer that the file does not hold.
 
 Sources: the reference classes in transformers (`*ForPreTraining`, `*Model`, as `save_pretrained` writes them),
 open_clip, and the files of BEiT (Bao et al. 2022, arXiv 2106.08254), MAE (He et al. 2022, arXiv 2111.06377), SimMIM
@@ -142,6 +143,7 @@ def transformers_vit(inside: Tensors, outside: Tensors) -> Layout:
         decoder = join_qkv(rename(rest, TRANSFORMERS_DECODER))
         return Layout("MAE (transformers)", encoder, {f"mae.{n}": t for n, t in decoder.items()}, IMAGENET)
     if not any(name.endswith(".key.bias") for name in inside):
+        rest |= {"beit.mask_token": encoder.pop("mask_token")} if "mask_token" in encoder else {}
         return Layout("BEiT (transformers)", encoder, rest, INCEPTION)
     if "blocks.0.ls1.gamma" in encoder:
         return Layout("DINOv2 (transformers)", encoder, rest, IMAGENET)
@@ -173,12 +175,10 @@ def original(inside: Tensors, outside: Tensors) -> Layout:
         return Layout("MAE", encoder, outside | {f"mae.{n}": t for n, t in decoder.items()}, IMAGENET)
     mask_token = encoder.get("mask_token")
     if "decoder.0.weight" in outside:
-        return Layout("SimMIM", encoder, outside, IMAGENET)
+        return Layout("SimMIM", encoder, simmim_head(encoder, outside), IMAGENET)
     if mask_token is not None and mask_token.ndim == 3 and "reg_token" not in encoder:  # DINOv2's is (1, D)
-        head = {n: t for n, t in encoder.items() if n == "mask_token" or n.startswith("lm_head.")}
-        encoder = {n: t for n, t in encoder.items() if n not in head}
-        renamed = {f"beit.{n.replace('lm_head', 'head')}": t for n, t in head.items()}
-        return Layout("BEiT", encoder, outside | renamed, INCEPTION)
+        outside = outside | {"beit.mask_token": encoder.pop("mask_token")}
+        return Layout("BEiT", encoder, outside, INCEPTION)
     if any("relative_position_bias_table" in name for name in encoder):
         return Layout("BEiT", encoder, outside, INCEPTION)
     if mask_token is not None:
@@ -188,6 +188,22 @@ def original(inside: Tensors, outside: Tensors) -> Layout:
     if "pos_embed" in encoder and is_sincos(encoder["pos_embed"], None):
         return Layout("MAE (encoder only)", encoder, outside, IMAGENET)
     return Layout("timm's names (ViT, DeiT, DINO, ...)", encoder, outside, None)
+
+
+def simmim_head(encoder: Tensors, outside: Tensors) -> Tensors:
+    """SimMIM's mask token and its 1x1 convolution, whose outputs run over (channel, row, column): ours end in channels.
+
+    The token is taken out of `encoder`.
+    """
+    rest = dict(outside)
+    if "mask_token" in encoder:
+        rest["simmim.mask_token"] = encoder.pop("mask_token")
+    for part in ("weight", "bias"):
+        tensor = rest.pop(f"decoder.0.{part}")
+        side = round((len(tensor) / 3) ** 0.5)
+        pixels = tensor.reshape(3, side, side, -1).permute(1, 2, 0, 3)  # (p, p, 3, D), or D = 1 of the bias
+        rest[f"simmim.head.{part}"] = pixels.reshape(3 * side**2, *tensor.shape[1:2])  # (P, D) or (P,)
+    return rest
 
 
 def rename(tensors: Tensors, rules: Rules) -> Tensors:

@@ -15,17 +15,20 @@ from transformers import (
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
     ViTConfig,
     ViTMAEConfig,
     ViTMAEForPreTraining,
     ViTModel,
 )
-from transformers.models.vit_mae.modeling_vit_mae import get_2d_sincos_pos_embed
+from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_position_embedding
 
 from mim import layouts, weight_files, weights
 from mim.config import ConfigError
-from mim.encoders import vit
+from mim.encoders import beit, eva, vit
 from mim.objectives import mae
+from mim.patches import unpatchify
 
 TRANSFORMERS = {
     "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 8,
@@ -111,8 +114,8 @@ def test_a_transformers_mae_fills_the_decoder_too(tmp_path, images, classic):
     shaken(reference)
     with torch.no_grad():  # the reference's own fixed positions, which a bare constructor leaves at zero
         for table in (reference.vit.embeddings.position_embeddings, reference.decoder.decoder_pos_embed):
-            fixed = get_2d_sincos_pos_embed(table.shape[-1], 4, add_cls_token=True)
-            table.copy_(torch.as_tensor(fixed).float().unsqueeze(0))
+            fixed = build_2d_sinusoidal_position_embedding(4, 4, table.shape[-1], cls_token=True)
+            table.copy_(torch.cat(fixed.chunk(2, dim=-1)[::-1], dim=-1))  # columns first, as the reference turns them
     reference.save_pretrained(tmp_path)
     if classic:
         from safetensors.torch import load_file, save_file
@@ -187,6 +190,49 @@ def test_beit_with_relative_positions_does_not_fit_a_vit(tmp_path):
         fill(encoder_of(layer_scale=0.1), tmp_path)
 
 
+def beit_of(positions="shared_relative", image_size=(32, 32), **options):
+    arguments = {"width": 32, "depth": 3, "num_heads": 2, "patch_size": 8, "positions": positions, "layer_scale": 0.1}
+    return beit.build(beit.Config(**(arguments | options)), image_size=image_size, channels=3).eval()
+
+
+@pytest.mark.parametrize("positions", ["relative", "shared_relative"])
+def test_the_shared_table_of_beit_is_kept_or_copied_to_the_blocks(tmp_path, images, positions):
+    config = BeitConfig(**TRANSFORMERS, intermediate_size=128, use_shared_relative_position_bias=True)
+    reference = BeitForMaskedImageModeling(config)
+    encoder = beit_of(positions)
+    report = fill(encoder, saved(reference, tmp_path))
+    hidden = reference.layernorm(reference.beit(images).last_hidden_state)
+    assert_same(features(encoder, images), hidden)
+    copied = "the shared table of relative positions was copied to 3 blocks"
+    assert (copied in report.notes) == (positions == "relative")
+    assert report.reinitialised == []
+
+
+def test_beit_with_a_table_for_each_block(tmp_path, images):
+    config = BeitConfig(**TRANSFORMERS, intermediate_size=128, use_relative_position_bias=True, use_mean_pooling=False)
+    reference = BeitModel(config, add_pooling_layer=False)
+    encoder = beit_of("relative")
+    fill(encoder, saved(reference, tmp_path))
+    assert_same(features(encoder, images), reference(images).last_hidden_state)
+
+
+def test_dinov3_of_transformers_fills_eva(tmp_path, images):
+    config = DINOv3ViTConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=128, image_size=32, patch_size=8,
+        num_register_tokens=4,
+    )  # fmt: skip
+    reference = DINOv3ViTModel(config)
+    options = {"width": 32, "depth": 3, "num_heads": 2, "patch_size": 8}
+    cfg = eva.Config(model="vit_base_patch16_dinov3_qkvb", **options)
+    encoder = eva.build(cfg, image_size=(32, 32), channels=3).eval()
+    report = fill(encoder, saved(reference, tmp_path))
+    assert report.family == "DINOv3 (transformers)"
+    assert_same(features(encoder, images), reference(images).last_hidden_state)
+    assert report.unused == ["mask_token"]
+    with pytest.raises(ConfigError, match=r"no table of positions .* use encoder.name=eva"):
+        fill(encoder_of(layer_scale=1e-5, num_registers=4), tmp_path)
+
+
 # ---- the authors' own files ------------------------------------------------------------------------------------------
 
 
@@ -245,7 +291,7 @@ def test_beit_s_own_file_with_absolute_positions(tmp_path, images, prefix):
     report = fill(encoder, file_of(tmp_path, {"model": state}))
     assert report.family == "BEiT"
     assert_same(features(encoder, images), reference.forward_features(images))
-    assert sorted(report.unused) == ["beit.head.weight", "beit.mask_token", "blocks.0.attn.relative_position_index"]
+    assert sorted(report.unused) == ["beit.mask_token", "blocks.0.attn.relative_position_index", "lm_head.weight"]
 
 
 def test_beit_without_layer_scale_starts_an_encoder_s_own_at_one(tmp_path, images):
@@ -352,10 +398,6 @@ def test_a_timm_name_is_fetched_by_timm_alone_and_the_line_says_so(monkeypatch, 
         asked.append((name, options))
         return reference
 
-    monkeypatch.setattr(weight_files.timm, "create_model", create)
-    encoder_class = vit.timm.create_model
-    assert encoder_class is create  # one module: the encoder below must be built by the honest function
-    monkeypatch.undo()
     encoder = encoder_of()
     monkeypatch.setattr(weight_files.timm, "create_model", create)
     report = fill(encoder, "vit_tiny_patch16_224.augreg_in21k")
@@ -377,6 +419,17 @@ def test_the_shared_table_of_relative_positions_is_copied_to_blocks_that_have_th
     assert all(t.equal(table) for t in found.values())
     assert remarks == ["the shared table of relative positions was copied to 2 blocks"]
     assert layouts.adapt(given, list(given)) == (given, [])  # an encoder that shares it keeps it
+
+
+def test_the_head_of_simmim_paints_the_same_pixels():
+    torch.manual_seed(0)
+    decoder = torch.nn.Conv2d(32, 8 * 8 * 3, 1)
+    state = {"decoder.0.weight": decoder.weight.detach(), "decoder.0.bias": decoder.bias.detach()}
+    rest = layouts.simmim_head({}, state)
+    x = torch.rand(2, 32, 4, 4)
+    theirs = torch.nn.functional.pixel_shuffle(decoder(x), 8)
+    pixels = torch.nn.functional.linear(x.flatten(2).mT, rest["simmim.head.weight"], rest["simmim.head.bias"])
+    assert_same(unpatchify(pixels, (4, 4), 3), theirs)
 
 
 def test_names_of_timm_s_beit_and_eva_come_from_the_same_weights():
