@@ -243,7 +243,7 @@ def adapt(tensors: Tensors, wanted: Iterable[str]) -> tuple[Tensors, list[str]]:
     A shared table of relative positions is copied to every block that has its own (BEiT's fine-tuning does so); a final
     norm that the file lacks is taken from its `fc_norm`.
     """
-    names, found, remarks = set(wanted), dict(tensors), []
+    names, found, remarks = dict.fromkeys(wanted), dict(tensors), []
     if "norm.weight" in names and "norm.weight" not in found and "fc_norm.weight" in found:
         remarks.append("norm is the file's fc_norm: it was fine-tuned on pooled patches")
         found |= {f"norm.{part}": found.pop(f"fc_norm.{part}") for part in ("weight", "bias")}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,17 +40,11 @@ class Inert:
     def __setstate__(self, _: Any) -> None: ...
 
 
-class InertMapping(dict):
-    """As `Inert`, for a class that is a dict."""
-
-    def __setstate__(self, _: Any) -> None: ...
-
-
 STAND_INS = [
     (Inert, "argparse.Namespace"),  # BEiT, MAE, DINO, iBOT
     (Inert, "pathlib.PosixPath"),  # in such a Namespace
     *((Inert, name) for name in NUMPY_SCALARS),  # best accuracies
-    (InertMapping, "yacs.config.CfgNode"),  # SimMIM
+    (OrderedDict, "yacs.config.CfgNode"),  # SimMIM; a mapping
 ]
 
 

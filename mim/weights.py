@@ -174,9 +174,9 @@ def fill_encoder(encoder: Any, layout: layouts.Layout, opened: weight_files.Sour
         else:
             report.loaded.append(name)
     unused = [n for n in given if n not in wanted]
-    refuse_other_architecture(report, mismatched, unused, given, wanted)
+    refuse_other_architecture(report, mismatched, unused)
     for name in (n for n in wanted if n not in given):
-        value = next((value for pattern, value in NEUTRAL if re.search(pattern, name)), None)
+        value = neutral_value(name, given)
         if value is not None:
             found[name] = torch.full_like(wanted[name], value)
             report.neutral.append(name)
@@ -187,6 +187,11 @@ def fill_encoder(encoder: Any, layout: layouts.Layout, opened: weight_files.Sour
             f"{report.source} ({report.family}) supplies {len(found)} of the encoder's {len(wanted)} tensors, less "
             f"than {MIN_SHARE:.0%}; it lacks {_some(absent)} and has {_some(list(given))}; choose the encoder that it "
             f"was made with"
+        )
+    if "pos_embed" in absent:
+        raise ConfigError(
+            f"{report.source} ({report.family}) has no table of positions (they may be rotary), but the encoder has; "
+            f"use encoder.name=eva"
         )
     report.reinitialised += absent
     report.unused += [*unused, *buffers]
@@ -207,9 +212,20 @@ def positions(given: layouts.Tensors, backbone: Any, opened: weight_files.Source
     return {**given, "pos_embed": own.detach()}, recomputed
 
 
-def refuse_other_architecture(
-    report: Report, mismatched: list[str], unused: list[str], given: layouts.Tensors, wanted: layouts.Tensors
-) -> None:
+def neutral_value(name: str, given: layouts.Tensors) -> float | None:
+    """What a tensor that the file lacks has to be for the encoder to compute what the file's own encoder computes.
+
+    None for a block that the file lacks as a whole, and for positions where it has no relative ones either.
+    """
+    block = re.match(r"blocks\.\d+\.", name)
+    if block and not any(n.startswith(block[0]) for n in given):
+        return None
+    if name == "pos_embed" and not any(n.endswith(resample.TABLE) for n in given):
+        return None
+    return next((value for pattern, value in NEUTRAL if re.search(pattern, name)), None)
+
+
+def refuse_other_architecture(report: Report, mismatched: list[str], unused: list[str]) -> None:
     """Refuse shapes that no rule converts, and parts that only one side has and that change what is computed."""
     where = f"{report.source} ({report.family})"
     if mismatched:
@@ -228,11 +244,6 @@ def refuse_other_architecture(
         raise ConfigError(
             f"{where} has {len(extra)} tensors for which the encoder has no place, such as {_some(extra, 3)}; choose "
             f"the encoder.name, model, depth and num_registers that it was made with"
-        )
-    relative = any(n.endswith(resample.TABLE) for n in given)
-    if "pos_embed" in wanted and "pos_embed" not in given and not relative:
-        raise ConfigError(
-            f"{where} has no table of positions (they may be rotary), but the encoder has; use encoder.name=eva"
         )
 
 
