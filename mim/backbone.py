@@ -21,7 +21,7 @@ class Shape(Protocol):
     depth: int | None  # blocks
     num_heads: int | None
     patch_size: int | None  # pixels
-    layer_scale: float | None  # initial gamma; 0: none
+    layer_scale: float | None  # initial gamma
     drop_path_rate: float  # of the last block, rising linearly over the blocks
     weight_init: str
 
@@ -51,11 +51,10 @@ def create(
         "depth": depth or cfg.depth,
         "num_heads": cfg.num_heads,
         "patch_size": cfg.patch_size,
+        "init_values": cfg.layer_scale,
         "drop_path_rate": cfg.drop_path_rate,
     }
     shape = {key: value for key, value in shape.items() if value is not None}
-    if cfg.layer_scale is not None:
-        shape["init_values"] = cfg.layer_scale or None
     try:
         model: Any = timm.create_model(
             cfg.model, img_size=image_size, in_chans=channels, num_classes=0, **shape, **options

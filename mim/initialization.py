@@ -27,9 +27,8 @@ def initialize_as_beit(model: Any) -> None:
             nn.init.zeros_(layer.bias)
     for i, block in enumerate(model.blocks, start=1):
         if not (hasattr(block, "attn") and hasattr(block, "mlp")):
-            raise ValueError(
-                f"encoder.weight_init=beit is for blocks with attn and mlp, not for {type(block).__name__}"
-            )
+            kind = type(block).__name__
+            raise ValueError(f"encoder.weight_init=beit is for blocks with attn and mlp; timm's {kind} has others")
         block.attn.proj.weight /= math.sqrt(2 * i)
         block.mlp.fc2.weight /= math.sqrt(2 * i)
 

@@ -96,8 +96,8 @@ OPEN_CLIP: Rules = [
     (r"\.mlp\.c_proj\.", ".mlp.fc2."),
 ]
 ORIGINAL: Rules = [  # BEiT, MAE, DINO, DINOv2, DINOv3, DeiT, iBOT, SimMIM: timm's names with a few of their own
-    (r"\.gamma_([12])$", r".ls\1.gamma"),
-    (r"\.attn\.([qv])_bias$", r".attn.\1.bias"),
+    (r"^(blocks\.\d+)\.gamma_([12])$", r"\1.ls\2.gamma"),
+    (r"^(blocks\.\d+\.attn)\.([qv])_bias$", r"\1.\2.bias"),
     (r"\.mlp\.w12\.", ".mlp.fc1."),  # gated, of DINOv2 giant
     (r"\.mlp\.w3\.", ".mlp.fc2."),
     (r"^(?:register_tokens|storage_tokens)$", "reg_token"),
@@ -221,7 +221,7 @@ def join_qkv(tensors: Tensors) -> Tensors:
     joined = dict(tensors)
     for name in tensors:
         stem, _, kind = name.rpartition(".q.")
-        if kind not in ("weight", "bias") or not stem.endswith("attn"):
+        if kind not in ("weight", "bias") or not re.fullmatch(r"(decoder_)?blocks\.\d+\.attn", stem):
             continue
         q, v = joined.pop(name), joined.pop(f"{stem}.v.{kind}")
         k = joined.pop(f"{stem}.k.{kind}", torch.zeros_like(q))

@@ -26,7 +26,7 @@ from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_pos
 
 from mim import layouts, weight_files, weights
 from mim.config import ConfigError
-from mim.encoders import beit, eva, vit
+from mim.encoders import beit, dense, eva, vit
 from mim.objectives import mae
 from mim.patches import unpatchify
 
@@ -134,7 +134,8 @@ def test_a_transformers_mae_fills_the_decoder_too(tmp_path, images, classic):
     noise = torch.arange(16.0).expand(2, -1)  # nothing is masked, and the order stays
     theirs = reference(images, noise=noise).logits
     with torch.no_grad():
-        inside = objective.decode(encoder(images), torch.arange(16).expand(2, -1), (4, 4))
+        ids_keep = torch.arange(16).expand(2, -1)
+        inside = objective.decode(encoder(images), ids_keep, ids_keep[:, :0], (4, 4))
         assert_same(objective.decoder_pred(inside), theirs)
 
 
@@ -231,6 +232,27 @@ def test_dinov3_of_transformers_fills_eva(tmp_path, images):
     assert report.unused == ["mask_token"]
     with pytest.raises(ConfigError, match=r"no table of positions .* use encoder.name=eva"):
         fill(encoder_of(layer_scale=1e-5, num_registers=4), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("swin_tiny_patch4_window7_224", {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}),
+        ("swinv2_tiny_window8_256", {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}),
+        ("cait_xxs24_224", {"embed_dim": 32, "depth": 2, "num_heads": 2}),  # class attention with q, k and v apart
+    ],
+)
+def test_a_dense_encoder_takes_the_weights_of_its_own_model(tmp_path, images, model, options):
+    cfg = dense.Config(model=model, options=options)
+    encoder = dense.build(cfg, image_size=(32, 32), channels=3).eval()
+    reference = shaken(dense.build(cfg, image_size=(32, 32), channels=3))
+    torch.save({"model": reference.model.state_dict()}, tmp_path / "file.pth")
+    report = fill(encoder, tmp_path / "file.pth")
+    assert report.reinitialised == []
+    assert_same(features(encoder, images), features(reference, images))
+    other = dense.Config(model=model, options={**options, "embed_dim": 2 * options["embed_dim"]})
+    with pytest.raises(ConfigError, match="of another size than the encoder"):
+        fill(dense.build(other, image_size=(32, 32), channels=3), tmp_path / "file.pth")
 
 
 # ---- the authors' own files ------------------------------------------------------------------------------------------

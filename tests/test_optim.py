@@ -148,7 +148,7 @@ def test_weight_decay_is_constant_or_a_cosine_over_the_whole_run():
     [
         ({"base_lr": 1.0}, "optim.lr=1.0 and optim.base_lr=1.0: give exactly one"),
         ({"lr": None}, "optim.lr=None and optim.base_lr=None: give exactly one"),
-        ({"schedule": "cosin"}, "optim.schedule='cosin' is unknown; choose one of cosine, linear, constant"),
+        ({"schedule": "cosin"}, "optim.schedule='cosin' is unknown; choose one of cosine, linear, constant, multistep"),
         ({"name": "sgd"}, "optim.name='sgd' is not offered; choose adamw"),
         ({"batch_size": 0}, "optim.batch_size=0 must be at least 1"),
         ({"length": "long"}, "optim.length='long' is not a duration"),

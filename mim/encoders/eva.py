@@ -30,7 +30,7 @@ class Config:
     depth: int | None = None  # blocks
     num_heads: int | None = None  # width / num_heads must divide by 4
     patch_size: int | None = None  # pixels
-    layer_scale: float | None = None  # initial gamma; 0: none
+    layer_scale: float | None = None  # initial gamma; null: as the model (EVA-02 none, DINOv3 1e-5)
     drop_path_rate: float = 0.0  # of the last block, rising linearly over the blocks
     num_registers: int | None = None
     qk_norm: bool | None = None  # norm of queries and keys in each head
@@ -41,6 +41,10 @@ class Config:
 
 def build(cfg: Config, *, image_size: tuple[int, int], channels: int) -> EVA:
     """Build the encoder for images of one size; the grid must divide."""
+    if cfg.layer_scale == 0:
+        raise ValueError(
+            "encoder.layer_scale=0 would silence all blocks; leave it out, or choose a model that has none"
+        )
     return EVA(cfg, image_size=image_size, channels=channels)
 
 

@@ -32,7 +32,7 @@ class Config:
     depth: int | None = None  # blocks
     num_heads: int | None = None
     patch_size: int | None = None  # pixels
-    layer_scale: float | None = None  # initial gamma: BEiT 0.1 (base), 1e-5 (large); none in MAE
+    layer_scale: float | None = None  # initial gamma: BEiT 0.1 (base), 1e-5 (large); 0 none (MAE)
     drop_path_rate: float = 0.0  # of the last block, rising linearly over the blocks
     num_registers: int | None = None
     positions: str = "learn"  # learn | sincos (fixed, as MAE has them)
@@ -121,10 +121,8 @@ class ViT(nn.Module):
         ids_keep: Tensor | None = None,
     ) -> Features:
         """Encode images (B, C, H, W); `mask` (B, N) with `mask_token` (1, 1, D) replaces, `ids_keep` (B, K) drops."""
-        x = self._embed(images, mask, mask_token, ids_keep)  # (B, R + N, D)
-        for block in self.vit.blocks:
-            x = block(x)
-        return self._split(self.vit.norm(x))
+        (features,) = self.layers(images, [-1], norm=True, mask=mask, mask_token=mask_token, ids_keep=ids_keep)
+        return features
 
     def layers(
         self,
@@ -138,12 +136,13 @@ class ViT(nn.Module):
     ) -> list[Features]:
         """Return the outputs of the blocks named by `indices` (negative: from the end), normed if asked."""
         wanted = [i % self.depth for i in indices]
-        x = self._embed(images, mask, mask_token, ids_keep)
+        x = self._embed(images, mask, mask_token, ids_keep)  # (B, R + N, D)
         outputs = {}
         for i, block in enumerate(self.vit.blocks[: max(wanted) + 1]):
             x = block(x)
             if i in wanted:
-                outputs[i] = self._split(self.vit.norm(x) if norm else x)
+                y = self.vit.norm(x) if norm else x
+                outputs[i] = Features(y[:, : self.num_prefix], y[:, self.num_prefix :])
         return [outputs[i] for i in wanted]
 
     @property
@@ -184,9 +183,6 @@ class ViT(nn.Module):
             prefix, patches = x[:, : self.num_prefix], x[:, self.num_prefix :]
             x = torch.cat([prefix, gather(patches, ids_keep)], dim=1)  # (B, R + K, D)
         return self.vit.norm_pre(x)
-
-    def _split(self, x: Tensor) -> Features:
-        return Features(x[:, : self.num_prefix], x[:, self.num_prefix :])
 
     def _fix_positions(self) -> None:
         """Store sine-cosine positions in timm's own `pos_embed`, frozen; the prefix gets zeros."""
