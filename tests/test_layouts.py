@@ -368,6 +368,16 @@ def test_the_teacher_of_dino_and_ibot_is_preferred_and_named(tmp_path, images):
     assert report.unused == ["head.last_layer.weight_v"]
 
 
+def test_a_flat_dict_of_student_and_teacher_gives_the_teacher(tmp_path, images):
+    reference, student = timm_vit(), encoder_of().vit
+    state = {f"a_student.backbone.{n}": t for n, t in student.state_dict().items()}
+    state |= {f"the_teacher.backbone.{n}": t for n, t in reference.state_dict().items()}
+    encoder = encoder_of()
+    report = fill(encoder, file_of(tmp_path, state))
+    assert_same(features(encoder, images), reference.forward_features(images))
+    assert sorted(report.unused) == sorted(f"a_student.backbone.{n}" for n in student.state_dict())
+
+
 def test_open_clip_s_vision_tower_under_its_own_names(tmp_path, images):
     model = "vit_base_patch32_clip_224"
     reference = shaken(
