@@ -355,6 +355,24 @@ def test_dinov2_s_own_file(tmp_path, images, registers):
     assert report.unused == ["mask_token"]
 
 
+def test_dinov3_s_own_file_fills_eva(tmp_path, images):
+    options = {"width": 32, "depth": 3, "num_heads": 2, "patch_size": 8}
+    cfg = eva.Config(model="vit_base_patch16_dinov3_qkvb", **options)
+    reference, encoder = (eva.build(cfg, image_size=(32, 32), channels=3).eval() for _ in range(2))
+    state = {"mask_token": torch.zeros(1, 32), "rope_embed.periods": torch.ones(4)}
+    for name, tensor in shaken(reference).vit.state_dict().items():
+        name = name.replace("gamma_", "ls").replace("reg_token", "storage_tokens")
+        state[f"{name}.gamma" if name[-3:] in ("ls1", "ls2") else name] = tensor
+    for i in range(3):
+        q, v = (state.pop(f"blocks.{i}.attn.{part}_bias") for part in "qv")
+        state[f"blocks.{i}.attn.qkv.bias"] = torch.cat([q, torch.zeros(32), v])
+        state[f"blocks.{i}.attn.qkv.bias_mask"] = torch.ones(96)
+    report = fill(encoder, file_of(tmp_path, state))
+    assert_same(features(encoder, images), features(reference, images))
+    unused = ["mask_token", "rope_embed.periods", *(f"blocks.{i}.attn.qkv.bias_mask" for i in range(3))]
+    assert sorted(report.unused) == sorted(unused)
+
+
 def test_the_teacher_of_dino_and_ibot_is_preferred_and_named(tmp_path, images):
     reference, student = timm_vit(), encoder_of().vit
     inside = {f"backbone.{n}": t for n, t in reference.state_dict().items()}
