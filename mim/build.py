@@ -80,11 +80,12 @@ def _build(sections: Sections, dataset: AnyDataset | None, load_tokenizer: bool)
         resolved["tokenizer"] = {"name": sections["tokenizer"]["name"], **config.plain(cfg)}
         encoder = None
     else:
-        module, cfg = config.component("mim.encoders", sections["encoder"], "encoder")
+        section = {key: value for key, value in sections["encoder"].items() if key != "init"}  # mim/weights.py reads it
+        module, cfg = config.component("mim.encoders", section, "encoder")
         mean, std = statistics(data.channels, dataset)
         cfg.mean, cfg.std = cfg.mean or mean, cfg.std or std
         inner = encoder = module.build(cfg, image_size=size, channels=data.channels)
-        resolved["encoder"] = {"name": sections["encoder"]["name"], **config.plain(cfg)}
+        resolved["encoder"] = {**sections["encoder"], **config.plain(cfg)}
         if sections.get("tokenizer") is not None:
             frozen["tokenizer"] = _frozen_tokenizer(sections["tokenizer"], load_tokenizer)
             if load_tokenizer:  # the checkpoint that was read, so that a later one cannot take its place

@@ -40,6 +40,7 @@ class Config:
     weight_decay_end: float | None = None  # cosine from weight_decay to this; null: constant
     no_decay: list[str] | None = None  # ends of the names of parameters without decay; null: the encoder's list
     layer_decay: float | None = None  # rate factor per layer; null: none
+    freeze_encoder: str | None = None  # duration with rate 0 in the encoder, so that a fresh decoder learns first
     clip_grad: float | None = None  # maximum norm of the gradient; BEiT 3.0, MAE none
     ema: float | None = None  # momentum of an average of the weights; null: none
     seed: int = 0  # of initial weights, drop path and dropout
@@ -54,6 +55,11 @@ class Rates:
     total_steps: int
     warmup_steps: int
     milestones: tuple[int, ...] = ()
+    freeze_steps: int = 0
+
+    def encoder_scale(self, step: int) -> float:
+        """Factor of the encoder's learning rate: 0 while it is frozen, then 1."""
+        return float(step >= self.freeze_steps)
 
     def at(self, step: int) -> tuple[float, float]:
         """Return (learning rate, weight decay) of an optimizer step."""
@@ -109,14 +115,28 @@ def resolve(cfg: Config, num_images: int) -> Rates:
         )
     lr = cfg.lr if cfg.base_lr is None else cfg.base_lr * cfg.batch_size / 256
     assert lr is not None
-    return Rates(cfg, lr, total, warmup, tuple(milestones))
+    return Rates(cfg, lr, total, warmup, tuple(milestones), freeze_steps(cfg, num_images, total))
+
+
+def freeze_steps(cfg: Config, num_images: int, total: int) -> int:
+    """Steps of `optim.freeze_encoder`; they must end before the run does."""
+    if cfg.freeze_encoder is None:
+        return 0
+    where = "optim.freeze_encoder"
+    try:
+        steps = to_steps(cfg.freeze_encoder, batch_size=cfg.batch_size, num_images=num_images, where=where)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if steps >= total:
+        raise ConfigError(f"{where}={cfg.freeze_encoder!r} is {steps} steps, but the run has {total}; use less")
+    return steps
 
 
 def parameter_groups(objective: nn.Module, cfg: Config) -> list[dict]:
     """Split trainable parameters by decay and, with `layer_decay`, by depth; each group carries `lr_scale`."""
     encoder: Any = getattr(objective, "encoder", None)  # Encoder | None
     undecayed = _undecayed(objective, cfg)
-    groups: dict[tuple[int, bool], dict] = {}
+    groups: dict[tuple[int, bool, bool], dict] = {}
     for name, parameter in objective.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -124,8 +144,10 @@ def parameter_groups(objective: nn.Module, cfg: Config) -> list[dict]:
         top = encoder.depth + 1 if encoder is not None else 0
         depth = encoder.depth_of(name.removeprefix("encoder.")) if name.startswith("encoder.") else top
         scale = 1.0 if cfg.layer_decay is None else cfg.layer_decay ** (top - depth)
-        key = (depth if cfg.layer_decay is not None else 0, decayed)
-        group = groups.setdefault(key, {"params": [], "names": [], "lr_scale": scale, "decayed": decayed})
+        inside = cfg.freeze_encoder is not None and name.startswith("encoder.")
+        key = (depth if cfg.layer_decay is not None else 0, decayed, inside)
+        empty: dict[str, Any] = {"params": [], "names": [], "lr_scale": scale, "decayed": decayed, "inside": inside}
+        group = groups.setdefault(key, empty)
         group["params"].append(parameter)
         group["names"].append(name)
     return [groups[key] for key in sorted(groups)]
@@ -151,8 +173,8 @@ def create(objective: nn.Module, cfg: Config) -> torch.optim.Optimizer:
     return create_optimizer_v2(groups, opt=cfg.name, lr=0.0, eps=cfg.eps, betas=tuple(cfg.betas), fused=True)
 
 
-def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
+def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float, encoder_scale: float = 1.0) -> None:
     """Write a step's learning rate and weight decay into the parameter groups."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        group["lr"] = lr * group["lr_scale"] * (encoder_scale if group["inside"] else 1.0)
         group["weight_decay"] = weight_decay if group["decayed"] else 0.0

@@ -24,7 +24,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 import tokenizer as tokenizers
-from mim import __version__, build, checkpoint, config, optim
+from mim import __version__, build, checkpoint, config, optim, weights
 from mim.config import ConfigError
 from mim.contracts import DataError, LoadedRun
 from mim.data import mixture, order, quarantine, shuffle, stages, stream
@@ -50,6 +50,14 @@ class Machine:
 
 
 @dataclass
+class Init:
+    """Section `init`: a new run from another run's weights, which is recorded as its parent."""
+
+    run: str | None = None  # RUN or RUN@step; null: start afresh (or from encoder.init)
+    optimizer: bool = False  # its optimizer too, then with the weights of the last step instead of their average
+
+
+@dataclass
 class Config:
     """A recipe. The first six sections are the experiment; `train` is the machine; `evals` only look."""
 
@@ -59,6 +67,7 @@ class Config:
     encoder: dict[str, Any] | None = None
     mask: dict[str, Any] | None = None
     tokenizer: dict[str, Any] | None = None
+    init: Init = field(default_factory=Init)
     train: Machine = field(default_factory=Machine)
     evals: dict[str, Any] = field(default_factory=dict)  # NAME: {every: "10 epochs", option: value}
 
@@ -127,6 +136,10 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
     # ---- run directory -----------------------------------------------------------------------------------------------
     experiment = identity(built.sections, dataset)
     resumed = find_resume(run, experiment, main_rank)
+    with accelerator.main_process_first():  # one process downloads what encoder.init names
+        start = weights.start(built, cfg.init.run, optimizer=cfg.init.optimizer, resumed=resumed is not None)
+    for line in start.lines():
+        say(line, main=main_rank)
     for line in describe(cfg, run, built, rates, dataset, accelerator):
         say(line, main=main_rank)
     if main_rank:
@@ -137,7 +150,7 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
         return DONE
     accelerator.wait_for_everyone()
     if main_rank:
-        open_run(run, recipe, built.sections, experiment)
+        open_run(run, recipe, built.sections, experiment, start)
 
     # ---- model and optimizer -----------------------------------------------------------------------------------------
     optimizer = optim.create(built.objective, cfg.optim)
@@ -149,7 +162,9 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
     ema = {n: p.detach().clone() for n, p in trained.items()} if cfg.optim.ema is not None else {}
     name = Path(recipe).stem
     job = Job(cfg, run, built, rates, dataset, sequence, journal, experiment, accelerator, model, optimizer, ema, name)
-    state: dict[str, Any] = {"step": 0}
+    state: dict[str, Any] = {"step": 0, "look": start.report is not None}
+    if start.optimizer is not None:
+        checkpoint.restore_optimizer(start.optimizer, model, optimizer.optimizer)
     if resumed is not None:
         state = checkpoint.restore(resumed, model, optimizer.optimizer, ema)
         journal.restore(state.get("bad", []))
@@ -175,17 +190,20 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
     every = intervals(cfg, len(job.dataset))
     averages = Averages(state.get("averages") if main_rank else None)
     fingerprint = state.get("fingerprint", 0) if main_rank else 0  # the ranks' shares are added when it is read
-    log, bad_log = (RunLog(job.run / f"{n}.jsonl", start) if main_rank else None for n in ("log", "journal"))
+    kept = start or -1  # no checkpoint has step 0: its lines are of an earlier attempt
+    log, bad_log = (RunLog(job.run / f"{n}.jsonl", kept) if main_rank else None for n in ("log", "journal"))
     progress_line = Progress(start, total, batch_size=batch_size, main=main_rank)
     waiting = stages.Waiting(num_workers(cfg.train.workers))
     excess: str | None = None
     status(job, "running", start)
+    for name in cfg.evals if state.get("look") else ():  # what the weights are worth before the first step
+        look(job, name, 0, log)
     batches = iter(loader(job, start))
     model.train()
 
     for step in range(start + 1, total + 1):  # `step` counts committed updates: 1 after the first
         lr, weight_decay = job.rates.at(step - 1)
-        optim.set_rates(optimizer, lr, weight_decay)
+        optim.set_rates(optimizer, lr, weight_decay, job.rates.encoder_scale(step - 1))
         progress = torch.tensor((step - 1) / total, device=device)
 
         # ---- gradient of one global batch ----------------------------------------------------------------------------
@@ -502,6 +520,10 @@ def identity(sections: dict[str, Any], dataset: mixture.AnyDataset) -> dict[str,
     looks = ("path", "sources", "val_path", "eval_view", "labels_from_folders", "val_ratio", "bad_budget")
     found["data"] = {key: value for key, value in found["data"].items() if key not in looks}
     found["dataset_id"] = dataset.id
+    if (sections.get("encoder") or {}).get("init") is not None:  # a resume never reads it again, so it may move
+        found["encoder"] = {**found["encoder"], "init": Path(sections["encoder"]["init"]).name}
+    if (sections.get("init") or {}).get("run") is not None:
+        found["init"] = {**sections["init"], "run": Path(sections["init"]["run"]).name}
     if sections.get("encoder") is not None and sections.get("tokenizer") is not None:
         folder = Path(sections["tokenizer"]["path"])
         files = (folder / "tokenizer.json", folder / "tokenizer.safetensors")
@@ -524,11 +546,18 @@ def find_resume(run: Path, experiment: dict[str, Any], main_rank: bool) -> Path 
     return checkpoint.newest(run, report=lambda line: say(line, main=main_rank))
 
 
-def open_run(run: Path, recipe: str, sections: dict[str, Any], experiment: dict[str, Any]) -> None:
-    """Create the run directory and write its resolved recipe."""
+def open_run(
+    run: Path, recipe: str, sections: dict[str, Any], experiment: dict[str, Any], start: weights.Start
+) -> None:
+    """Create the run directory and write its resolved recipe, its parent, and the report on its first weights."""
     run.mkdir(parents=True, exist_ok=True)
     temporary = run / ".config.yaml.tmp"
     saved = {"format": checkpoint.FORMAT, "recipe": recipe, **sections, "experiment": experiment}
+    if start.report is not None:
+        start.report.write(run)
+        saved |= {"parent": start.parent}
+    elif (run / "config.yaml").is_file():
+        saved |= {"parent": checkpoint.read_config(run).get("parent")}
     temporary.write_text(config.to_yaml(saved))
     temporary.replace(run / "config.yaml")
 

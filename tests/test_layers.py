@@ -12,6 +12,9 @@ LEVELS = [
     {"mim.data", "mim.encoders", "mim.optim"},
     {"mim.objectives"},
     {"mim.checkpoint"},
+    {"mim.layouts", "mim.resample"},
+    {"mim.weight_files"},
+    {"mim.weights"},
     {"mim.build"},
     {"mim.features"},
     {"mim.evals", "mim.exports", "mim.report"},
@@ -23,6 +26,7 @@ SIBLINGS_MAY_MEET = {"tokenizer", "mim.data", "mim.report"}  # elsewhere a file 
 FORBIDDEN_NAMES = {"utils", "common", "helper", "helpers", "manager", "base", "core", "misc"}
 FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
 FORBIDDEN_CALLS = {"torch.load", "os.system", "os.popen", "eval", "exec"}
+READS_PICKLES = "mim.weight_files"  # alone, and only with weights_only=True
 
 
 def name_of(file: Path) -> str:
@@ -96,8 +100,10 @@ def test_nothing_that_is_read_is_executed(module):
     assert not FORBIDDEN_IMPORTS & {name.split(".")[0] for name in imports(module)}
     for node in ast.walk(TREES[module]):
         if isinstance(node, ast.Call):
-            assert ast.unparse(node.func) not in FORBIDDEN_CALLS, ast.unparse(node)
+            call = ast.unparse(node.func)
+            allowed = call == "torch.load" and module == READS_PICKLES
+            assert call not in FORBIDDEN_CALLS or allowed, ast.unparse(node)
             options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
             assert options.get("shell") in (None, "False"), ast.unparse(node)
             assert options.get("allow_pickle") in (None, "False"), ast.unparse(node)
-            assert options.get("weights_only") in (None, "True"), ast.unparse(node)
+            assert options.get("weights_only") in (("True",) if allowed else (None, "True")), ast.unparse(node)
