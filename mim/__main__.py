@@ -58,20 +58,29 @@ cli.add_command(shards)
 @cli.command()
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--dry-run", is_flag=True, help="Check everything, print the start lines, and stop.")
-def train(recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:
+@click.option("--dry-run", is_flag=True, help="Check everything, print what the recipe comes to, and stop.")
+@click.option("--images", type=click.IntRange(1), help="With --dry-run: plan for so many, without opening the data.")
+@click.option("--json", "as_json", is_flag=True, help="With --dry-run: print JSON.")
+def train(recipe: str, overrides: tuple[str, ...], dry_run: bool, images: int | None, as_json: bool) -> None:
     """Train RECIPE (a name or a YAML file); the same command resumes after any stop.
 
     \b
     Examples:
       mim train mae_vittiny_cifar10 data.path=shards/cifar10 --dry-run
+      mim train mae_vitl16_in1k train.micro_batches=8 --dry-run --images 1281167
       mim train mae_vittiny_cifar10 data.path=shards/cifar10 optim.length='20 epochs'
       accelerate launch -m mim train mae_vittiny_cifar10 data.path=shards/cifar10
       torchrun --nproc_per_node 8 -m mim train beit_vittiny_cifar10 tokenizer.path=runs/dvae_cifar10
     """
+    if dry_run:
+        from mim import plan
+
+        sys.exit(plan.main(recipe, list(overrides), images=images, as_json=as_json))
+    if images is not None or as_json:
+        raise click.UsageError("--images and --json belong to --dry-run; add it, or leave them out")
     from mim.train import main as run
 
-    sys.exit(run(recipe, list(overrides), dry_run=dry_run))
+    sys.exit(run(recipe, list(overrides)))
 
 
 @cli.group()

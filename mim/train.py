@@ -46,6 +46,10 @@ class Machine:
     cache_limit: float | None = None  # GiB of remote shards kept there; null: until 5 % or 20 GiB of the disk are left
     trackers: list[str] = field(default_factory=list)  # accelerate's, e.g. [tensorboard]; log.jsonl is always written
 
+    def __post_init__(self) -> None:
+        if self.precision not in ("no", "bf16", "fp16"):
+            raise ConfigError(f"train.precision={self.precision!r} is unknown; choose no, bf16 or fp16")
+
 
 @dataclass
 class Config:
@@ -96,8 +100,6 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
     """
     # ---- recipe ------------------------------------------------------------------------------------------------------
     cfg = config.typed(Config, config.read(recipe, overrides))
-    if cfg.train.precision not in ("no", "bf16", "fp16"):
-        raise ConfigError(f"train.precision={cfg.train.precision!r} is unknown; choose no, bf16 or fp16")
     run = Path(cfg.train.run or f"runs/{Path(recipe).stem}").expanduser()
 
     # ---- launch ------------------------------------------------------------------------------------------------------
@@ -116,7 +118,8 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
     rates = optim.resolve(cfg.optim, len(dataset))
     intervals(cfg, len(dataset))  # a mistake in them is refused here, before anything is written
     torch.manual_seed(cfg.optim.seed)
-    built = build.build(config.plain(cfg), dataset=dataset)
+    with torch.device("meta") if dry_run else contextlib.nullcontext():
+        built = build.build(config.plain(cfg), dataset=dataset)
     data = built.views.data
     sequence = mixture.order_of(dataset, seed=data.seed, lanes=data.lanes, window=data.window, repeats=data.repeats)
     journal = quarantine.Journal(mixture.bad_samples(dataset), dataset.counts, budget=data.bad_budget)

@@ -13,10 +13,10 @@ LEVELS = [
     {"mim.objectives", "mim.ranks"},
     {"mim.checkpoint"},
     {"mim.build"},
-    {"mim.features", "mim.experiment"},
+    {"mim.features", "mim.experiment", "mim.footprint"},
     {"mim.evals", "mim.exports", "mim.report"},
     {"mim.train"},
-    {"mim.demo", "mim.shard_commands"},
+    {"mim.demo", "mim.plan", "mim.shard_commands"},
     {"mim.__main__"},
 ]
 SIBLINGS_MAY_MEET = {"tokenizer", "mim.data", "mim.report"}  # elsewhere a file knows nothing of the one beside it
