@@ -81,6 +81,7 @@ def measure(built: build.Built, *, rows: int, micro_batches: int, precision: str
         "frozen": sum(_bytes(t) for network in built.frozen.values() for t in _tensors(network)),
     }
     found = Footprint(_parts(built), {}, rows, weights=weights)
+    torch.ones((), requires_grad=True).backward()  # were the first of a process on fake tensors, it could not fork
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             for network in (built.objective, *built.frozen.values()):
