@@ -57,6 +57,7 @@ class Encoder(Protocol):
 
     width: int
     depth: int
+    channels: int  # of the images
     patch_size: int  # total stride in pixels
     can_drop: bool
     final_norm: nn.Module
@@ -84,6 +85,15 @@ class Encoder(Protocol):
         mask_token: Tensor | None = None,
         ids_keep: Tensor | None = None,
     ) -> list[Features]: ...
+
+    def more_blocks(self, num: int, start: int) -> nn.Module:
+        """Further trained blocks of the encoder's own kind on top of block `start` (counted from 1): BEiT v2's head.
+
+        The forward takes `(features: Features, grid: tuple[int, int])`, of all patches, and returns `Features`,
+        not normed. Its block j starts, and drops paths, as block start + 1 + j (counted from 1) of an encoder of depth
+        max(depth, start + num) does. It shares the encoder's position bias or rotary table without owning it.
+        """
+        ...
 
     def no_weight_decay(self) -> set[str]: ...
 

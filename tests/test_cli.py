@@ -276,7 +276,6 @@ def test_an_unknown_recipe_is_refused_with_the_closest(refused):
         ("optim.base_lr=1", "optim.lr=0.001 and optim.base_lr=1.0: give exactly one"),
         ("data.lanes=1000", "data.lanes=1000 must lie between 1 and the"),
         ("data.image_size=[32]", "data.image_size=[32] must be one number of pixels or [height, width]"),
-        ("data.channels=1", "objective.channels=3, but data.channels=1"),
         ("data.path=/nowhere", "/nowhere is not a folder"),
         ("lr", "'lr' is not an override; write section.key=value"),
     ],

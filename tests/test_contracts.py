@@ -16,6 +16,7 @@ from PIL import Image
 import tokenizer as tokenizers
 from mim import config
 from mim.config import ConfigError
+from mim.encoders import dense
 from mim.patches import mask_to_ids
 
 FOLDERS = {
@@ -49,7 +50,8 @@ def files_of(package):
 
 
 def tiny_config(package, name):
-    return config.component(package, {"name": name, **TINY.get(name, {})}, "test")
+    options = TINY.get(f"{package}.{name}", TINY.get(name, {}))
+    return config.component(package, {"name": name, **options}, "test")
 
 
 def an_encoder(name="vit"):
@@ -233,6 +235,26 @@ def test_the_last_layer_with_the_norm_is_the_output(encoder):
     assert not torch.equal(first.patches, last.patches)
     (raw,) = encoder.layers(images, [-1])
     assert torch.equal(encoder.final_norm(raw.patches), last.patches)
+
+
+def test_more_blocks_go_on_from_raw_features_and_are_trained(encoder):
+    images, grid = a_batch()["images"], encoder.grid(SIZE)
+    if isinstance(encoder, dense.Dense):
+        pytest.skip("it refuses")
+    more = encoder.more_blocks(2, encoder.depth - 1)
+    (raw,) = encoder.layers(images, [-2])
+    found = more(raw, grid)
+    assert found.patches.shape == raw.patches.shape
+    assert found.prefix.shape == raw.prefix.shape
+    found.patches.square().sum().backward()
+    owned = dict(more.named_parameters())
+    assert owned
+    assert not [name for name, p in owned.items() if p.grad is None or not p.grad.any()]
+    assert not {p.data_ptr() for p in owned.values()} & {p.data_ptr() for p in encoder.parameters()}
+
+
+def test_an_encoder_says_how_many_channels_it_takes(encoder):
+    assert encoder.channels == encoder.normalize(a_batch()["images"]).shape[1]
 
 
 def test_every_parameter_has_a_depth_and_every_depth_a_parameter(encoder):

@@ -7,8 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LEVELS = [
-    {"tokenizer", "mim.patches", "mim.masking", "mim.schedules", "mim.initialization"},
-    {"mim.contracts", "mim.config", "mim.log"},
+    {"tokenizer", "mim.patches", "mim.masking", "mim.schedules", "mim.initialization", "mim.code_loss"},
+    {"mim.contracts", "mim.config", "mim.log", "mim.backbone", "mim.survey"},
     {"mim.data", "mim.encoders", "mim.optim"},
     {"mim.objectives", "mim.ranks"},
     {"mim.checkpoint"},
