@@ -446,8 +446,22 @@ def test_an_error_of_the_program_itself_is_a_traceback_and_70(mim, monkeypatch, 
 def test_the_exit_code_of_a_training_is_that_of_the_loop(mim, monkeypatch, code):
     asked = []
     monkeypatch.setattr("mim.train.main", lambda *arguments, **options: asked.append((arguments, options)) or code)
-    assert mim("train", "mae_vittiny_cifar10", "optim.lr=1", "--dry-run", "a.b=2")[0] == code
-    assert asked == [(("mae_vittiny_cifar10", ["optim.lr=1", "a.b=2"]), {"dry_run": True})]
+    assert mim("train", "mae_vittiny_cifar10", "optim.lr=1", "a.b=2")[0] == code
+    assert asked == [(("mae_vittiny_cifar10", ["optim.lr=1", "a.b=2"]), {})]
+
+
+def test_a_dry_run_is_a_plan(mim, monkeypatch):
+    asked = []
+    monkeypatch.setattr("mim.plan.main", lambda *arguments, **options: asked.append((arguments, options)) or 0)
+    assert mim("train", "mae_vitb16_in1k", "optim.ema=0.9", "--dry-run", "--images", "1281167", "--json")[0] == 0
+    assert asked == [(("mae_vitb16_in1k", ["optim.ema=0.9"]), {"images": 1281167, "as_json": True})]
+
+
+@pytest.mark.parametrize("option", [["--images", "5"], ["--json"]])
+def test_what_belongs_to_a_dry_run_is_refused_without_it(mim, option):
+    code, out, err = mim("train", "mae_vittiny_cifar10", *option)
+    assert (code, out) == (2, "")
+    assert "--images and --json belong to --dry-run; add it, or leave them out" in err
 
 
 def test_another_rank_than_the_first_says_which_it_is(mim, monkeypatch):
