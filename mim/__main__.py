@@ -108,7 +108,10 @@ def bench() -> None:
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--seconds", default=3.0, show_default=True, help="Of each of the three measurements.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def bench_data(recipe: str, overrides: tuple[str, ...], seconds: float, as_json: bool) -> None:
+@plugin_option
+def bench_data(
+    recipe: str, overrides: tuple[str, ...], seconds: float, as_json: bool, plugins: tuple[str, ...]
+) -> None:
     """Measure images/s of RECIPE's loader by stage on its data, name what bounds it and what to change.
 
     \b
@@ -128,7 +131,8 @@ def bench_data(recipe: str, overrides: tuple[str, ...], seconds: float, as_json:
     sections = config.plain(cfg)
     dataset, _ = build.open_data(sections)
     trained = bool((sections.get("tokenizer") or {}).get("path"))
-    with contextlib.nullcontext() if trained else torch.device("meta"):  # sizes and mask are wanted, not the networks
+    # Sizes and mask are wanted, not the networks.
+    with config.plugins(plugins), contextlib.nullcontext() if trained else torch.device("meta"):
         views = build.build(sections, dataset=dataset, load_tokenizer=trained).views
     data = views.data
     on_gpu = torch.accelerator.is_available() and not cfg.train.cpu
