@@ -45,6 +45,7 @@ def test_a_recipe_builds_without_its_data_and_without_memory(sections):
         built = build.build(sections, load_tokenizer=False)
     assert sum(p.numel() for p in built.objective.parameters() if p.requires_grad) > 0
     assert all(p.is_meta for p in built.objective.parameters())
+    assert optim.parameter_groups(built.objective, config.typed(train.Config, sections).optim)
     assert not [p for network in built.frozen.values() for p in network.parameters() if p.requires_grad]
 
 
