@@ -13,6 +13,7 @@ import contextlib
 import functools
 import math
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,10 +98,10 @@ def measure(built: build.Built, *, rows: int, micro_batches: int, precision: str
 
 def _run(built: build.Built, found: Footprint, micro_batches: int, dtype: torch.dtype | None) -> None:
     """Forward and backward of a micro-batch, or of two where gradients outlive the first; fills in what it counts."""
-    rows, batch = found.rows, _batch(built, found.rows)
-    _note_tokens(built, batch, found.tokens)
-    _through_one_module(getattr(built.objective, _inner(built.objective)))
+    rows, batch, own = found.rows, _batch(built, found.rows), _inner(built.objective)
     counted, live = FlopCounterMode(display=False), Live()
+    inner = _through_one_module(getattr(built.objective, own), counted.get_total_flops)
+    _note_tokens(built, batch, found.tokens, inner)
     with counted, live:
         for _ in range(min(micro_batches, 2)):
             for name, network in built.frozen.items():
@@ -108,15 +109,18 @@ def _run(built: build.Built, found: Footprint, micro_batches: int, dtype: torch.
                 with _precision(dtype):
                     build.write_targets({name: network}, batch)
                 found.parts[name].forward = (counted.get_total_flops() - before) / rows
-            start, held = _split(counted, built.objective), live.bytes
+            start, inside, held = counted.get_total_flops(), _inside(counted), live.bytes
             with _precision(dtype):
                 loss = built.objective(batch, torch.zeros(()))["loss"]
-            middle, found.activations = _split(counted, built.objective), live.bytes - held
+            middle, found.activations = counted.get_total_flops(), live.bytes - held
+            inside = _inside(counted) - inside
+            inner.gradients.clear()
             loss.sum().backward()
-            end = _split(counted, built.objective)
-            for name in found.parts.keys() & end.keys():
-                found.parts[name].forward = (middle[name] - start[name]) / rows
-                found.parts[name].backward = (end[name] - middle[name]) / rows
+            turn, end = inner.gradients[0], counted.get_total_flops()
+            forward = {own: inside, OUTSIDE: middle - start - inside}
+            backward = {own: end - turn, OUTSIDE: turn - middle}
+            for name in found.parts.keys() & forward.keys():
+                found.parts[name].forward, found.parts[name].backward = forward[name] / rows, backward[name] / rows
             del loss
     found.peak = live.peak
 
@@ -124,19 +128,27 @@ def _run(built: build.Built, found: Footprint, micro_batches: int, dtype: torch.
 class Inner(nn.Module):
     """Makes every call of a network, by whatever method, the call of one module, to which operations are booked."""
 
-    inside = False
+    def __init__(self, clock: Callable[[], int]) -> None:
+        super().__init__()
+        self.clock = clock  # operations so far
+        self.inside = False
+        self.gradients: list[int] = []  # when the gradients of what it returned were there
 
     def forward(self, method: Any, *args: Any, **kwargs: Any) -> Any:
         self.inside = True
         try:
-            return method(*args, **kwargs)
+            result = method(*args, **kwargs)
         finally:
             self.inside = False
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                leaf.register_hook(lambda _: self.gradients.append(self.clock()))
+        return result
 
 
-def _through_one_module(network: nn.Module) -> None:
+def _through_one_module(network: nn.Module, clock: Callable[[], int]) -> Inner:
     """Let the entrances of an encoder or a tokenizer lead through one `Inner`."""
-    inner = Inner()
+    inner = Inner(clock)
 
     def entrance(method: Any, *args: Any, **kwargs: Any) -> Any:
         return method(*args, **kwargs) if inner.inside else inner(method, *args, **kwargs)
@@ -144,6 +156,7 @@ def _through_one_module(network: nn.Module) -> None:
     for name in ("forward", "layers", "loss"):
         if hasattr(network, name):
             setattr(network, name, functools.partial(entrance, getattr(network, name)))
+    return inner
 
 
 class Live(TorchDispatchMode):
@@ -194,11 +207,9 @@ def _inner(objective: nn.Module) -> str:
     return "encoder" if getattr(objective, "encoder", None) is not None else "tokenizer"
 
 
-def _split(counted: FlopCounterMode, objective: nn.Module) -> dict[str, int]:
-    """Operations so far of the objective's inner network and of the rest."""
-    counts = {name: sum(values.values()) for name, values in counted.get_flop_counts().items()}
-    inside = counts.get(Inner.__name__, 0)
-    return {_inner(objective): inside, OUTSIDE: counts.get(type(objective).__name__, 0) - inside}
+def _inside(counted: FlopCounterMode) -> int:
+    """Operations so far that were booked to the inner network."""
+    return sum(counted.get_flop_counts().get(Inner.__name__, {}).values())
 
 
 def _batch(built: build.Built, rows: int) -> Batch:
@@ -219,7 +230,7 @@ def _batch(built: build.Built, rows: int) -> Batch:
     return batch
 
 
-def _note_tokens(built: build.Built, batch: Batch, tokens: dict[str, int]) -> None:
+def _note_tokens(built: build.Built, batch: Batch, tokens: dict[str, int], inner: Inner) -> None:
     """Note the tokens of an image: of the mask, and, while the step runs, those that leave the encoder and its rest."""
     if built.encoder is None:
         tokens["codes"] = math.prod(built.objective.tokenizer.grid(built.views.sizes[0]))
@@ -228,12 +239,11 @@ def _note_tokens(built: build.Built, batch: Batch, tokens: dict[str, int]) -> No
     if "mask" in batch:
         tokens["masked"] = batch["num_masked"]
         tokens["visible"] = tokens["patches"] - tokens["masked"]
-    encoder = set(built.encoder.modules())
 
-    def note(module: nn.Module, inputs: Any) -> None:
+    def note(_module: nn.Module, inputs: Any) -> None:
         if inputs and isinstance(inputs[0], Tensor) and inputs[0].ndim == 3 and len(inputs[0]) == len(batch["images"]):
             number = inputs[0].shape[1]  # of (B, N, D)
-            if module in encoder:
+            if inner.inside:
                 tokens["in the encoder"] = number  # the last: patches may be dropped on the way
             else:
                 tokens[f"in the {OUTSIDE}"] = max(tokens.get(f"in the {OUTSIDE}", 0), number)
