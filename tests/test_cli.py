@@ -270,13 +270,16 @@ def test_an_unknown_recipe_is_refused_with_the_closest(refused):
         ("mask.ratio=1.5", "mask.ratio=1.5 must lie between 0 and 1"),
         ("mask=null", "objective.name=mae needs a mask"),
         ("encoder.patch_size=7", "image"),
-        ("encoder.width=33", "encoder.width=33"),
+        (
+            "encoder.width=33",
+            "encoder.model='vit_tiny_patch16_224' cannot be built for images of 32x32 and encoder.width=33",
+        ),
         ("optim.warmup='3 epochs'", "optim.warmup='3 epochs' is"),
         ("optim.length=soon", "optim.length='soon' is not a duration"),
         ("optim.base_lr=1", "optim.lr=0.001 and optim.base_lr=1.0: give exactly one"),
         ("data.lanes=1000", "data.lanes=1000 must lie between 1 and the"),
         ("data.image_size=[32]", "data.image_size=[32] must be one number of pixels or [height, width]"),
-        ("data.path=/nowhere", "/nowhere is not a folder"),
+        ("data.path=/nowhere", "data.path=/nowhere is not there, and train.save_every='1 epochs' counts its epochs"),
         ("lr", "'lr' is not an override; write section.key=value"),
     ],
 )
@@ -307,7 +310,6 @@ def test_a_tokenizer_that_is_not_trained_yet_is_refused_with_the_command(refused
     ("override", "start"),
     [
         ("tokenizer=null", "objective.name=beit needs a tokenizer; add tokenizer: {recipe: NAME, path: RUN}"),
-        ("tokenizer.path=null", "tokenizer.path is missing: the run of a trained tokenizer"),
         ("tokenizer.paht=x", "tokenizer.paht is not a known key; known here: recipe, path, image_size"),
         (
             "tokenizer.image_size=48",
@@ -319,6 +321,13 @@ def test_a_tokenizer_that_is_not_trained_yet_is_refused_with_the_command(refused
 def test_a_mistake_about_the_tokenizer_is_one_sentence(refused, tiny, tmp_path, override, start):
     message = refused("train", tiny("beit"), override, f"train.run={tmp_path / 'run'}", "--dry-run")
     assert message.startswith(start)
+
+
+def test_what_a_plan_can_do_without_a_training_cannot(refused, tiny, tmp_path):
+    run = f"train.run={tmp_path / 'run'}"
+    assert refused("train", tiny(), "data.path=/nowhere", run).startswith("/nowhere is not a folder")
+    message = refused("train", tiny("beit"), "tokenizer.path=null", run)
+    assert message.startswith("tokenizer.path is missing: the run of a trained tokenizer")
 
 
 def test_codes_that_do_not_fit_the_tokenizer_are_refused_with_both_numbers(refused, tiny, tmp_path):

@@ -78,16 +78,16 @@ def test_a_tokenizer_in_training_has_the_operations_of_its_run(measured):
 def test_an_encoder_that_is_entered_by_its_layers_is_told_from_the_head(measured, monkeypatch):
     from mim.objectives.mae import MAE
 
-    monkeypatch.setattr(
-        MAE,
-        "forward",
-        lambda self, batch, progress: {
-            "loss": self.decoder_embed(self.encoder.layers(batch["images"], [-1])[0].patches).mean(dim=(1, 2))
-        },
-    )
+    def forward(self, batch, progress):
+        early, late = self.encoder.layers(batch["images"], [0, -1])
+        return {"loss": self.decoder_embed(early.patches + late.patches).mean(dim=(1, 2))}
+
+    monkeypatch.setattr(MAE, "forward", forward)
     found = measured()
-    assert found.parts["encoder"].forward == encoder_flops(PATCHES + 1)[0]
-    assert found.parts["decoder / head"].forward == 2 * PATCHES * WIDTH * 16
+    encoder, head = found.parts["encoder"], found.parts["decoder / head"]
+    assert (encoder.forward, encoder.backward) == encoder_flops(PATCHES + 1)
+    assert (head.forward, head.backward) == (2 * PATCHES * WIDTH * 16, 2 * 2 * PATCHES * WIDTH * 16)
+    assert found.tokens["in the encoder"] == PATCHES + 1
 
 
 @pytest.mark.parametrize("objective", ["mae", "tokenize"])
