@@ -294,14 +294,14 @@ def test_an_unknown_recipe_is_refused_with_the_closest(refused):
         ("encoder.patch_size=7", "image"),
         (
             "encoder.width=33",
-            "encoder.model='vit_tiny_patch16_224' cannot be built for images of 32x32 and encoder.width=33 with ",
+            "encoder.model='vit_tiny_patch16_224' cannot be built for images of 32x32 and encoder.width=33",
         ),
         ("optim.warmup='3 epochs'", "optim.warmup='3 epochs' is"),
         ("optim.length=soon", "optim.length='soon' is not a duration"),
         ("optim.base_lr=1", "optim.lr=0.001 and optim.base_lr=1.0: give exactly one"),
         ("data.lanes=1000", "data.lanes=1000 must lie between 1 and the"),
         ("data.image_size=[32]", "data.image_size=[32] must be one number of pixels or [height, width]"),
-        ("data.path=/nowhere", "/nowhere is not a folder"),
+        ("data.path=/nowhere", "data.path=/nowhere is not there, and train.save_every='1 epochs' counts its epochs"),
         ("lr", "'lr' is not an override; write section.key=value"),
     ],
 )
@@ -332,7 +332,6 @@ def test_a_tokenizer_that_is_not_trained_yet_is_refused_with_the_command(refused
     ("override", "start"),
     [
         ("tokenizer=null", "objective.name=beit needs a tokenizer; add tokenizer: {recipe: NAME, path: RUN}"),
-        ("tokenizer.path=null", "tokenizer.path is missing: the run of a trained tokenizer"),
         ("tokenizer.paht=x", "tokenizer.paht is not a known key; known here: recipe, path, image_size"),
         (
             "tokenizer.image_size=48",
@@ -344,6 +343,13 @@ def test_a_tokenizer_that_is_not_trained_yet_is_refused_with_the_command(refused
 def test_a_mistake_about_the_tokenizer_is_one_sentence(refused, tiny, tmp_path, override, start):
     message = refused("train", tiny("beit"), override, f"train.run={tmp_path / 'run'}", "--dry-run")
     assert message.startswith(start)
+
+
+def test_what_a_plan_can_do_without_a_training_cannot(refused, tiny, tmp_path):
+    run = f"train.run={tmp_path / 'run'}"
+    assert refused("train", tiny(), "data.path=/nowhere", run).startswith("/nowhere is not a folder")
+    message = refused("train", tiny("beit"), "tokenizer.path=null", run)
+    assert message.startswith("tokenizer.path is missing: the run of a trained tokenizer")
 
 
 def test_codes_that_do_not_fit_the_tokenizer_are_refused_with_both_numbers(refused, tiny, tmp_path):
@@ -471,8 +477,22 @@ def test_an_error_of_the_program_itself_is_a_traceback_and_70(mim, monkeypatch, 
 def test_the_exit_code_of_a_training_is_that_of_the_loop(mim, monkeypatch, code):
     asked = []
     monkeypatch.setattr("mim.train.main", lambda *arguments, **options: asked.append((arguments, options)) or code)
-    assert mim("train", "mae_vittiny_cifar10", "optim.lr=1", "--dry-run", "a.b=2")[0] == code
-    assert asked == [(("mae_vittiny_cifar10", ["optim.lr=1", "a.b=2"]), {"dry_run": True})]
+    assert mim("train", "mae_vittiny_cifar10", "optim.lr=1", "a.b=2")[0] == code
+    assert asked == [(("mae_vittiny_cifar10", ["optim.lr=1", "a.b=2"]), {})]
+
+
+def test_a_dry_run_is_a_plan(mim, monkeypatch):
+    asked = []
+    monkeypatch.setattr("mim.plan.main", lambda *arguments, **options: asked.append((arguments, options)) or 0)
+    assert mim("train", "mae_vitb16_in1k", "optim.ema=0.9", "--dry-run", "--images", "1281167", "--json")[0] == 0
+    assert asked == [(("mae_vitb16_in1k", ["optim.ema=0.9"]), {"images": 1281167, "as_json": True})]
+
+
+@pytest.mark.parametrize("option", [["--images", "5"], ["--json"]])
+def test_what_belongs_to_a_dry_run_is_refused_without_it(mim, option):
+    code, out, err = mim("train", "mae_vittiny_cifar10", *option)
+    assert (code, out) == (2, "")
+    assert "--images and --json belong to --dry-run; add it, or leave them out" in err
 
 
 def test_another_rank_than_the_first_says_which_it_is(mim, monkeypatch):
