@@ -34,7 +34,12 @@ def steps(num_vectors: int, num_codes: int, width: int) -> dict[str, Callable[[]
     noise = torch.arange(250, device=device)
     ours = Codebook(num_codes, width).to(device).train()
     theirs = VectorQuantize(
-        width, codebook_size=num_codes, decay=0.99, use_cosine_sim=True, threshold_ema_dead_code=1, commitment_weight=1.0
+        width,
+        codebook_size=num_codes,
+        decay=0.99,
+        use_cosine_sim=True,
+        threshold_ema_dead_code=1,
+        commitment_weight=1.0,
     )
     theirs = theirs.to(device).train()
 

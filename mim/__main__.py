@@ -17,6 +17,9 @@ import click
 from mim import __version__
 from mim.shard_commands import shards
 
+plugin_option = click.option(
+    "--plugin", "plugins", multiple=True, metavar="PKG", help="Package whose code a dotted name may import; repeatable."
+)
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
@@ -58,20 +61,36 @@ cli.add_command(shards)
 @cli.command()
 @click.argument("recipe")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--dry-run", is_flag=True, help="Check everything, print the start lines, and stop.")
-def train(recipe: str, overrides: tuple[str, ...], dry_run: bool) -> None:
+@click.option("--dry-run", is_flag=True, help="Check everything, print what the recipe comes to, and stop.")
+@click.option("--images", type=click.IntRange(1), help="With --dry-run: plan for so many, without opening the data.")
+@click.option("--json", "as_json", is_flag=True, help="With --dry-run: print JSON.")
+@plugin_option
+def train(
+    recipe: str, overrides: tuple[str, ...], dry_run: bool, images: int | None, as_json: bool, plugins: tuple[str, ...]
+) -> None:
     """Train RECIPE (a name or a YAML file); the same command resumes after any stop.
 
     \b
     Examples:
       mim train mae_vittiny_cifar10 data.path=shards/cifar10 --dry-run
+      mim train mae_vitl16_in1k train.micro_batches=8 --dry-run --images 1281167
       mim train mae_vittiny_cifar10 data.path=shards/cifar10 optim.length='20 epochs'
+      mim train my_recipe.yaml --plugin mypackage
       accelerate launch -m mim train mae_vittiny_cifar10 data.path=shards/cifar10
       torchrun --nproc_per_node 8 -m mim train beit_vittiny_cifar10 tokenizer.path=runs/dvae_cifar10
     """
-    from mim.train import main as run
+    from mim import config
 
-    sys.exit(run(recipe, list(overrides), dry_run=dry_run))
+    if not dry_run and (images is not None or as_json):
+        raise click.UsageError("--images and --json belong to --dry-run; add it, or leave them out")
+    with config.plugins(plugins):
+        if dry_run:
+            from mim import plan
+
+            sys.exit(plan.main(recipe, list(overrides), images=images, as_json=as_json))
+        from mim.train import main as run
+
+        sys.exit(run(recipe, list(overrides)))
 
 
 @cli.group()
@@ -89,7 +108,10 @@ def bench() -> None:
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--seconds", default=3.0, show_default=True, help="Of each of the three measurements.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def bench_data(recipe: str, overrides: tuple[str, ...], seconds: float, as_json: bool) -> None:
+@plugin_option
+def bench_data(
+    recipe: str, overrides: tuple[str, ...], seconds: float, as_json: bool, plugins: tuple[str, ...]
+) -> None:
     """Measure images/s of RECIPE's loader by stage on its data, name what bounds it and what to change.
 
     \b
@@ -109,7 +131,8 @@ def bench_data(recipe: str, overrides: tuple[str, ...], seconds: float, as_json:
     sections = config.plain(cfg)
     dataset, _ = build.open_data(sections)
     trained = bool((sections.get("tokenizer") or {}).get("path"))
-    with contextlib.nullcontext() if trained else torch.device("meta"):  # sizes and mask are wanted, not the networks
+    # Sizes and mask are wanted, not the networks.
+    with config.plugins(plugins), contextlib.nullcontext() if trained else torch.device("meta"):
         views = build.build(sections, dataset=dataset, load_frozen=trained).views
     data = views.data
     on_gpu = torch.accelerator.is_available() and not cfg.train.cpu
@@ -135,7 +158,10 @@ def bench_data(recipe: str, overrides: tuple[str, ...], seconds: float, as_json:
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--step", type=int, help="Checkpoint to evaluate; default: the newest valid one.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for pictures; default: RUN/pictures.")
-def evaluate(name: str, run: Path, overrides: tuple[str, ...], step: int | None, out: Path | None) -> None:
+@plugin_option
+def evaluate(
+    name: str, run: Path, overrides: tuple[str, ...], step: int | None, out: Path | None, plugins: tuple[str, ...]
+) -> None:
     """Run evaluation NAME on a RUN directory and print what it yields as JSON.
 
     \b
@@ -149,8 +175,9 @@ def evaluate(name: str, run: Path, overrides: tuple[str, ...], step: int | None,
     from mim import build, config
     from mim.train import record
 
-    module, cfg = config.component("mim.evals", {"name": name, **pairs(overrides)}, "eval")
-    loaded = build.load_run(run, step=step)
+    with config.plugins(plugins):
+        module, cfg = config.component("mim.evals", {"name": name, **pairs(overrides)}, "eval")
+        loaded = build.load_run(run, step=step)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     for network in (loaded.objective, *loaded.frozen.values()):
         network.to(device)
@@ -165,7 +192,10 @@ def evaluate(name: str, run: Path, overrides: tuple[str, ...], step: int | None,
 @click.argument("out", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--step", type=int, help="Checkpoint to export; default: the newest valid one.")
-def export(target: str, run: Path, out: Path, overrides: tuple[str, ...], step: int | None) -> None:
+@plugin_option
+def export(
+    target: str, run: Path, out: Path, overrides: tuple[str, ...], step: int | None, plugins: tuple[str, ...]
+) -> None:
     """Export the backbone of RUN to OUT for TARGET (timm), reload it there and compare.
 
     \b
@@ -175,8 +205,10 @@ def export(target: str, run: Path, out: Path, overrides: tuple[str, ...], step: 
     """
     from mim import build, config
 
-    module, cfg = config.component("mim.exports", {"name": target, **pairs(overrides)}, "export")
-    report = module.export(build.load_run(run, step=step), out, cfg)
+    with config.plugins(plugins):
+        module, cfg = config.component("mim.exports", {"name": target, **pairs(overrides)}, "export")
+        loaded = build.load_run(run, step=step)
+    report = module.export(loaded, out, cfg)
     click.echo(json.dumps({**report, "out": str(out)}, indent=1))
 
 

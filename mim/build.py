@@ -83,11 +83,12 @@ def _build(sections: Sections, dataset: AnyDataset | None, load_frozen: bool) ->
         resolved["tokenizer"] = {"name": sections["tokenizer"]["name"], **config.plain(cfg)}
         encoder = None
     else:
-        module, cfg = config.component("mim.encoders", sections["encoder"], "encoder")
+        section = {key: value for key, value in sections["encoder"].items() if key != "init"}  # mim/weights.py reads it
+        module, cfg = config.component("mim.encoders", section, "encoder")
         mean, std = statistics(data.channels, dataset)
         cfg.mean, cfg.std = cfg.mean or mean, cfg.std or std
         inner = encoder = module.build(cfg, image_size=size, channels=data.channels)
-        resolved["encoder"] = {"name": sections["encoder"]["name"], **config.plain(cfg)}
+        resolved["encoder"] = {**sections["encoder"], **config.plain(cfg)}
         if sections.get("tokenizer") is not None:
             frozen["tokenizer"] = _frozen_tokenizer(sections["tokenizer"], load_frozen)
             if load_frozen:  # the checkpoint that was read, so that a later one cannot take its place
@@ -364,6 +365,12 @@ def _tokenizer_size(section: dict[str, Any], tokenizer: Any, grid: tuple[int, in
 def _check_agreement(objective: Any, sections: Sections, frozen: dict[str, Any]) -> None:
     """Refuse what an objective reads and nobody writes, and numbers that contradict each other."""
     name = sections["objective"]["name"]
+    crops = sections["data"].get("view", {}).get("name") == "multi_crop"
+    if crops != ("local_images" in objective.reads):
+        raise ConfigError(
+            f"data.view.name={'multi_crop' if crops else 'a single crop'}, but objective.name={name} reads "
+            f"{'one crop; use crop' if crops else 'several; use multi_crop'}"
+        )
     if "mask" in objective.reads and sections.get("mask") is None:
         raise ConfigError(f"objective.name={name} needs a mask; add e.g. mask: {{name: random, ratio: 0.75}}")
     if "codes" in objective.reads:
@@ -385,6 +392,3 @@ def _check_agreement(objective: Any, sections: Sections, frozen: dict[str, Any])
     tokenizer = frozen.get("tokenizer") or getattr(objective, "tokenizer", None)
     if tokenizer is not None and tokenizer.channels != channels:
         raise ConfigError(f"the tokenizer takes {tokenizer.channels} channels, but data.channels={channels}")
-    own = getattr(getattr(objective, "cfg", None), "channels", channels)
-    if own != channels:
-        raise ConfigError(f"objective.channels={own}, but data.channels={channels}; make them equal")

@@ -30,6 +30,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -152,11 +153,22 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, em
     state = gather_tensors(model, optimizer, ema)
     load_tensors(folder, state)
     set_model_state_dict(model, part(state, "model."))
-    groups = get_optimizer_state_dict(model, optimizer, options=FLAT)
-    set_optimizer_state_dict(model, optimizer, {**groups, **part(state, "optimizer.")}, options=FLAT)
+    _set_optimizer(model, optimizer, state)
     for name, value in ema.items():
         value.copy_(state[f"ema.{name}"])
     return read_json(folder / "state.json")
+
+
+def restore_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Load the optimizer of a checkpoint alone, for a new run from another's weights; all sizes must agree."""
+    state = {k: v for k, v in gather_tensors(model, optimizer, {}).items() if k.startswith("optimizer.")}
+    load_tensors(folder, state)
+    _set_optimizer(model, optimizer, state)
+
+
+def _set_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Tensor]) -> None:
+    groups = get_optimizer_state_dict(model, optimizer, options=FLAT)
+    set_optimizer_state_dict(model, optimizer, {**groups, **part(state, "optimizer.")}, options=FLAT)
 
 
 def read_config(run: Path) -> dict[str, Any]:
@@ -180,6 +192,18 @@ def load_tensors(folder: Path, state: dict[str, Tensor]) -> None:
             dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
     except (RuntimeError, KeyError, ValueError, dcp.api.CheckpointException) as error:
         raise ConfigError(f"{folder} does not fit the recipe: {' '.join(str(error).split())[:500]}") from error
+
+
+def read_tensors(folder: Path, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint whose names start with one of the prefixes, in the shapes that it has."""
+    known = HuggingFaceStorageReader(str(folder / "tensors")).read_metadata().state_dict_metadata
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in known.items()
+        if name.startswith(prefixes) and isinstance(entry, TensorStorageMetadata)
+    }
+    load_tensors(folder, state)
+    return state
 
 
 def read_json(path: Path) -> Any:

@@ -3,10 +3,13 @@
 A recipe is flat and complete: no includes, no interpolations, so nothing outside the file (environment, other files,
 code) can leak into a run. The folder is the registry: `{name: mae, ...}` in the section `objective` is the file
 `mim/objectives/mae.py`, its `Config` dataclass is the schema, and a key that the schema lacks is refused with a hint.
+A dotted name, `mypackage.rotation`, is code from elsewhere: it is imported only where the command line names its
+package as a plug-in, never because a recipe or a run directory says so.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -15,7 +18,8 @@ import importlib
 import importlib.util
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar, get_type_hints
@@ -25,6 +29,9 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 from yaml import YAMLError
 
 T = TypeVar("T")
+
+FUNCTIONS = {"mim.objectives": "build", "mim.encoders": "build", "mim.evals": "run", "mim.exports": "export"}
+_plugins: ContextVar[tuple[str, ...]] = ContextVar("plugins", default=())  # packages whose code may be imported
 
 
 class ConfigError(ValueError):
@@ -103,18 +110,56 @@ def known_names(package: str) -> list[str]:
     return sorted(file.stem for file in files if file.stem != "__init__" and "\nclass Config" in file.read_text())
 
 
+@contextlib.contextmanager
+def plugins(packages: Sequence[str]) -> Iterator[None]:
+    """Let components come from these packages while the block runs: what the command line says with `--plugin`."""
+    token = _plugins.set(tuple(packages))
+    try:
+        yield
+    finally:
+        _plugins.reset(token)
+
+
 def component(package: str, section: dict[str, Any] | None, where: str) -> tuple[ModuleType, Any]:
     """Resolve `{name: NAME, ...}` to the module `package.NAME` and an instance of its `Config`."""
     known = known_names(package)
     if not isinstance(section, dict) or "name" not in section:
         raise ConfigError(f"{where}.name is missing; choose one of {', '.join(known)}")
     name = section["name"]
-    if name not in known:
+    if name in known:
+        module = importlib.import_module(f"{package}.{name}")
+    elif "." in str(name) and package in FUNCTIONS:
+        module = _plugin(package, name, where)
+    else:
         raise ConfigError(
             f"{where}.name={name!r} is unknown{_hint(str(name), known)}; choose one of {', '.join(known)}"
         )
-    module = importlib.import_module(f"{package}.{name}")
     return module, typed(module.Config, {k: v for k, v in section.items() if k != "name"}, where)
+
+
+def _plugin(package: str, name: str, where: str) -> ModuleType:
+    """Import a component from elsewhere, if the command line allows its package, and check that it is one."""
+    root = name.partition(".")[0]
+    if not any(name == allowed or name.startswith(f"{allowed}.") for allowed in _plugins.get()):
+        raise ConfigError(
+            f"{where}.name={name!r} is code of the package {root}, which runs only if the command names it: "
+            f"add --plugin {root} if you trust it"
+        )
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if not f"{name}.".startswith(f"{error.name}."):  # the plug-in itself lacks something
+            raise
+        raise ConfigError(
+            f"{where}.name={name!r} cannot be imported ({error}); install the package {root}, or put its folder on "
+            f"PYTHONPATH"
+        ) from error
+    function = FUNCTIONS[package]
+    if not dataclasses.is_dataclass(getattr(module, "Config", None)):
+        raise ConfigError(f"{where}.name={name!r} is no plug-in: {module.__file__} has no dataclass Config")
+    if not callable(getattr(module, function, None)):
+        raise ConfigError(f"{where}.name={name!r} is no plug-in: {module.__file__} has no function {function}")
+    return module
 
 
 def bind(module: str, section: dict[str, Any], where: str) -> Callable[..., Any]:

@@ -5,7 +5,8 @@ device; H may differ from W. Each network
 normalises its own input on its first line. The shape legend is in `mim/__init__.py`.
 
 A `Batch` is a dict:
-    images             (B, C, H, W)
+    images             (B, C, H, W), or (B, V, C, H, W): V global crops
+    local_images       (B, n, C, h, w) local crops, of views that make some
     tokenizer_images   (B, C, H', W') the same crop and flip at the tokenizer's size
     mask               (B, N) bool, True = masked, row-major over the grid; the same count in every row
     num_masked         int, that count, known without asking the device
@@ -57,6 +58,7 @@ class Encoder(Protocol):
 
     width: int
     depth: int
+    channels: int  # of the images
     patch_size: int  # total stride in pixels
     can_drop: bool
     final_norm: nn.Module
@@ -84,6 +86,15 @@ class Encoder(Protocol):
         mask_token: Tensor | None = None,
         ids_keep: Tensor | None = None,
     ) -> list[Features]: ...
+
+    def more_blocks(self, num: int, start: int) -> nn.Module:
+        """Further trained blocks of the encoder's own kind on top of block `start` (counted from 1): BEiT v2's head.
+
+        The forward takes `(features: Features, grid: tuple[int, int])`, of all patches, and returns `Features`,
+        not normed. Its block j starts, and drops paths, as block start + 1 + j (counted from 1) of an encoder of depth
+        max(depth, start + num) does. It shares the encoder's position bias or rotary table without owning it.
+        """
+        ...
 
     def no_weight_decay(self) -> set[str]: ...
 

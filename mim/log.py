@@ -5,11 +5,12 @@ log.jsonl is the truth: one JSON object a line, each with `step` and `event`; a 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,15 +25,22 @@ def say(message: str, *, main: bool = True) -> None:
         tqdm.write(message, file=sys.stderr)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never a half."""
+@contextlib.contextmanager
+def aside(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a file that takes its name when it is whole: a reader sees the old file or the new one, never a half."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        json.dump(value, file, indent=1)
-        file.write("\n")
+    with temporary.open(mode) as file:
+        yield file
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON aside, then rename it."""
+    with aside(path) as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")
 
 
 class RunLog:

@@ -33,9 +33,9 @@ def block(
 ) -> Mask:
     """Mask rectangles until exactly the asked count is reached (BEiT, arXiv 2106.08254, algorithm 1).
 
-    `count` patches, or int(ratio * N). A block has at least `min_patches` (less when fewer remain) and an aspect ratio
-    in [min_aspect, 1 / min_aspect]. BEiT v1 stops early when ten tries fail, so its count varies; here, as in BEiT v2,
-    the remainder is drawn from the unmasked patches one by one.
+    `count` patches, or int(ratio * N). A block's area is uniform between `min_patches` and what remains, its aspect
+    ratio log-uniform in [min_aspect, 1 / min_aspect]. BEiT v1 stops early when ten tries fail, so its count varies;
+    here, as in BEiT v2, the remainder is drawn from the unmasked patches one by one.
     """
     h, w = grid
     target = int(_checked(ratio) * h * w) if count is None else count
@@ -51,9 +51,28 @@ def block(
             break
         masked += added
     flat = mask.reshape(-1)
-    visible = np.flatnonzero(~flat)
-    flat[visible[np.argsort(rng.random(len(visible)), kind="stable")[: target - masked]]] = True
+    if masked < target:
+        visible = np.flatnonzero(~flat)
+        flat[visible[np.argsort(rng.random(len(visible)), kind="stable")[: target - masked]]] = True
     return flat
+
+
+def cells(grid: tuple[int, int], rng: np.random.Generator, *, ratio: float = 0.6, cell: int = 1) -> Mask:
+    """Mask ceil(ratio * n) of the n squares of `cell` x `cell` patches (SimMIM, arXiv 2111.09886, section 3.2).
+
+    SimMIM's unit of 32 pixels is cell=2 for patches of 16, and cell=1 for an encoder whose output has that stride.
+    """
+    h, w = grid
+    if cell < 1 or h % cell or w % cell:
+        raise ValueError(f"mask.cell={cell} does not divide the grid of {h}x{w} patches")
+    coarse = h // cell, w // cell
+    n = coarse[0] * coarse[1]
+    num_masked = math.ceil(round(_checked(ratio) * n, 6))  # rounded: 0.55 * 100 is 55.00000000000001
+    if num_masked == n:
+        raise ValueError(f"mask.ratio={ratio} masks all {n} cells of {cell}x{cell} patches; one must stay visible")
+    mask = np.zeros(n, dtype=bool)
+    mask[np.argsort(rng.random(n), kind="stable")[:num_masked]] = True
+    return mask.reshape(coarse).repeat(cell, axis=0).repeat(cell, axis=1).reshape(-1)
 
 
 def _add_block(mask: Mask, rng: np.random.Generator, remaining: int, min_patches: int, min_aspect: float) -> int:
@@ -61,14 +80,14 @@ def _add_block(mask: Mask, rng: np.random.Generator, remaining: int, min_patches
     h, w = mask.shape
     bound = math.log(min_aspect)
     for _ in range(10):
-        area = rng.uniform(min(min_patches, remaining), remaining)
+        area = rng.uniform(*sorted((min_patches, remaining)))  # also where fewer remain, as published
         aspect = math.exp(rng.uniform(bound, -bound))
         height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if not (0 < height < h and 0 < width < w):
             continue
         top, left = rng.integers(0, h - height + 1), rng.integers(0, w - width + 1)
         region = mask[top : top + height, left : left + width]
-        added = region.size - int(region.sum())
+        added = region.size - int(np.count_nonzero(region))
         if 0 < added <= remaining:
             region[:] = True
             return added

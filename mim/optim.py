@@ -1,7 +1,11 @@
 """Optimizer: parameter groups (no decay, layer decay) over timm's factory, and the rates of each step.
 
-Decoupled weight decay skips biases, norms and every other 1-D parameter, and what the encoder lists. With `layer_decay`
-each group's rate is scaled by layer_decay ** (depth + 1 - depth_of(parameter)) (Bao et al. 2022, BEiT, appendix H).
+Decoupled weight decay skips biases, norms and every other 1-D parameter, and what `no_decay` names; left out, what the
+encoder lists. With `layer_decay` each group's rate is scaled by layer_decay ** (depth + 1 - depth_of(parameter)) (Bao
+et al. 2022, BEiT, appendix H).
+
+The published lists, for recipes that repeat them: MAE []; BEiT, BEiT v2 and SimMIM with a ViT [cls_token, pos_embed],
+so mask token and relative positions are decayed; SimMIM with a Swin [mask_token, relative_position_bias_table].
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from mim.config import ConfigError
-from mim.schedules import SHAPES, to_steps, warmup_then
+from mim.schedules import SHAPES, multistep, to_steps, warmup_then
 
 
 @dataclass
@@ -26,12 +30,17 @@ class Config:
     lr: float | None = None  # peak learning rate; give lr or base_lr, not both
     base_lr: float | None = None  # peak learning rate for a batch of 256: lr = base_lr * batch_size / 256 (MAE)
     min_lr: float = 0.0  # at the last step
-    schedule: str = "cosine"  # cosine | linear | constant, after the warm-up
+    warmup_lr: float = 0.0  # where the warm-up starts, e.g. SimMIM 2e-6 for a batch of 2048
+    schedule: str = "cosine"  # cosine | linear | constant | multistep, after the warm-up
+    milestones: list[str] = field(default_factory=list)  # of multistep, e.g. ["700 epochs"] (SimMIM)
+    gamma: float = 0.1  # of multistep: factor at each milestone
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # (0.9, 0.95) MAE, (0.9, 0.999) BEiT
     eps: float = 1e-8
     weight_decay: float = 0.05
     weight_decay_end: float | None = None  # cosine from weight_decay to this; null: constant
+    no_decay: list[str] | None = None  # ends of the names of parameters without decay; null: the encoder's list
     layer_decay: float | None = None  # rate factor per layer; null: none
+    freeze_encoder: str | None = None  # duration with rate 0 in the encoder, so that a fresh decoder learns first
     clip_grad: float | None = None  # maximum norm of the gradient; BEiT 3.0, MAE none
     ema: float | None = None  # momentum of an average of the weights; null: none
     seed: int = 0  # of initial weights, drop path and dropout
@@ -45,13 +54,26 @@ class Rates:
     lr: float
     total_steps: int
     warmup_steps: int
+    milestones: tuple[int, ...] = ()
+    freeze_steps: int = 0
+
+    def encoder_scale(self, step: int) -> float:
+        """Factor of the encoder's learning rate: 0 while it is frozen, then 1."""
+        return float(step >= self.freeze_steps)
 
     def at(self, step: int) -> tuple[float, float]:
         """Return (learning rate, weight decay) of an optimizer step."""
         cfg = self.cfg
         lr = warmup_then(
-            cfg.schedule, step, peak=self.lr, end=cfg.min_lr, warmup_steps=self.warmup_steps, steps=self.total_steps
+            cfg.schedule,
+            step,
+            start=cfg.warmup_lr,
+            peak=self.lr,
+            end=cfg.min_lr,
+            warmup_steps=self.warmup_steps,
+            steps=self.total_steps,
         )
+        lr = multistep(step, start=lr, factor=cfg.gamma, milestones=self.milestones)
         if cfg.weight_decay_end is None:
             return lr, cfg.weight_decay
         last = max(self.total_steps - 1, 0)
@@ -64,29 +86,57 @@ def resolve(cfg: Config, num_images: int) -> Rates:
         raise ConfigError(f"optim.lr={cfg.lr} and optim.base_lr={cfg.base_lr}: give exactly one of them")
     if cfg.schedule not in SHAPES:
         raise ConfigError(f"optim.schedule={cfg.schedule!r} is unknown; choose one of {', '.join(SHAPES)}")
+    if (cfg.schedule == "multistep") != bool(cfg.milestones):
+        raise ConfigError(
+            f"optim.schedule={cfg.schedule} and optim.milestones={cfg.milestones}: multistep needs milestones, such as "
+            f"['700 epochs'], and no other schedule has any"
+        )
     if cfg.name != "adamw":
         raise ConfigError(f"optim.name={cfg.name!r} is not offered; choose adamw")
     if cfg.batch_size < 1:
         raise ConfigError(f"optim.batch_size={cfg.batch_size} must be at least 1")
     try:
-        total, warmup = (
+        total, warmup, *milestones = (
             to_steps(value, batch_size=cfg.batch_size, num_images=num_images, where=f"optim.{key}")
-            for key, value in (("length", cfg.length), ("warmup", cfg.warmup))
+            for key, value in (
+                ("length", cfg.length),
+                ("warmup", cfg.warmup),
+                *(("milestones", milestone) for milestone in cfg.milestones),
+            )
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if warmup > total:
         raise ConfigError(f"optim.warmup={cfg.warmup!r} is {warmup} steps, longer than the run of {total} steps")
+    if milestones and not warmup <= min(milestones) <= max(milestones) < total:
+        raise ConfigError(
+            f"optim.milestones={cfg.milestones} are the steps {milestones}; they must lie between the end of the "
+            f"warm-up, {warmup}, and that of the run, {total}"
+        )
     lr = cfg.lr if cfg.base_lr is None else cfg.base_lr * cfg.batch_size / 256
     assert lr is not None
-    return Rates(cfg, lr, total, warmup)
+    return Rates(cfg, lr, total, warmup, tuple(milestones), freeze_steps(cfg, num_images, total))
+
+
+def freeze_steps(cfg: Config, num_images: int, total: int) -> int:
+    """Steps of `optim.freeze_encoder`; they must end before the run does."""
+    if cfg.freeze_encoder is None:
+        return 0
+    where = "optim.freeze_encoder"
+    try:
+        steps = to_steps(cfg.freeze_encoder, batch_size=cfg.batch_size, num_images=num_images, where=where)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if steps >= total:
+        raise ConfigError(f"{where}={cfg.freeze_encoder!r} is {steps} steps, but the run has {total}; use less")
+    return steps
 
 
 def parameter_groups(objective: nn.Module, cfg: Config) -> list[dict]:
     """Split trainable parameters by decay and, with `layer_decay`, by depth; each group carries `lr_scale`."""
     encoder: Any = getattr(objective, "encoder", None)  # Encoder | None
-    undecayed = {f"encoder.{name}" for name in encoder.no_weight_decay()} if encoder is not None else set()
-    groups: dict[tuple[int, bool], dict] = {}
+    undecayed = _undecayed(objective, cfg)
+    groups: dict[tuple[int, bool, bool], dict] = {}
     for name, parameter in objective.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -94,11 +144,25 @@ def parameter_groups(objective: nn.Module, cfg: Config) -> list[dict]:
         top = encoder.depth + 1 if encoder is not None else 0
         depth = encoder.depth_of(name.removeprefix("encoder.")) if name.startswith("encoder.") else top
         scale = 1.0 if cfg.layer_decay is None else cfg.layer_decay ** (top - depth)
-        key = (depth if cfg.layer_decay is not None else 0, decayed)
-        group = groups.setdefault(key, {"params": [], "names": [], "lr_scale": scale, "decayed": decayed})
+        inside = cfg.freeze_encoder is not None and name.startswith("encoder.")
+        key = (depth if cfg.layer_decay is not None else 0, decayed, inside)
+        empty: dict[str, Any] = {"params": [], "names": [], "lr_scale": scale, "decayed": decayed, "inside": inside}
+        group = groups.setdefault(key, empty)
         group["params"].append(parameter)
         group["names"].append(name)
     return [groups[key] for key in sorted(groups)]
+
+
+def _undecayed(objective: nn.Module, cfg: Config) -> set[str]:
+    """Names of the parameters of more than one dimension that are not decayed."""
+    if cfg.no_decay is None:
+        encoder: Any = getattr(objective, "encoder", None)
+        return {f"encoder.{name}" for name in encoder.no_weight_decay()} if encoder is not None else set()
+    names = {name for name, _ in objective.named_parameters()}
+    for ending in cfg.no_decay:
+        if not any(f".{name}".endswith(f".{ending}") for name in names):
+            raise ConfigError(f"optim.no_decay names {ending!r}, but the name of no parameter ends so; leave it out")
+    return {name for name in names if f".{name}".endswith(tuple(f".{ending}" for ending in cfg.no_decay))}
 
 
 def create(objective: nn.Module, cfg: Config) -> torch.optim.Optimizer:
@@ -109,8 +173,8 @@ def create(objective: nn.Module, cfg: Config) -> torch.optim.Optimizer:
     return create_optimizer_v2(groups, opt=cfg.name, lr=0.0, eps=cfg.eps, betas=tuple(cfg.betas), fused=True)
 
 
-def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
+def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float, encoder_scale: float = 1.0) -> None:
     """Write a step's learning rate and weight decay into the parameter groups."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        group["lr"] = lr * group["lr_scale"] * (encoder_scale if group["inside"] else 1.0)
         group["weight_decay"] = weight_decay if group["decayed"] else 0.0

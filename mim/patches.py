@@ -31,6 +31,28 @@ def unpatchify(patches: Tensor, grid: tuple[int, int], channels: int) -> Tensor:
     return x.permute(0, 5, 1, 3, 2, 4).reshape(b, channels, h * size, w * size)  # (B, C, H, W)
 
 
+def grid_of(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """Return the grid (h, w) of patches for an image size (H, W) in pixels, which must divide."""
+    height, width = image_size
+    if height % patch_size or width % patch_size:
+        raise ValueError(f"image size {height}x{width} does not divide by the patch size {patch_size}")
+    return height // patch_size, width // patch_size
+
+
+def replace(tokens: Tensor, mask: Tensor, mask_token: Tensor | None) -> Tensor:
+    """Put the mask token (1, 1, D) in place of tokens (B, N, D) or (B, h, w, D) where the mask (B, N) is True."""
+    assert mask_token is not None, "mask needs mask_token"
+    return torch.where(mask.view(tokens.shape[:-1]).unsqueeze(-1), mask_token.to(tokens.dtype), tokens)
+
+
+def blank(images: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Zero the pixels of images (B, C, H, W) in patches of the grid (h, w) where the mask (B, N) is True."""
+    b, _, height, width = images.shape
+    h, w = grid
+    hidden = mask.view(b, 1, h, 1, w, 1).expand(-1, -1, -1, height // h, -1, width // w)
+    return images.masked_fill(hidden.reshape(b, 1, height, width), 0)
+
+
 def mask_to_ids(mask: Tensor, num_masked: int) -> tuple[Tensor, Tensor, Tensor]:
     """Split rows of a mask (B, N) into ids_keep (B, N-M) and ids_mask (B, M), both ascending, and ids_restore (B, N).
 
@@ -41,6 +63,12 @@ def mask_to_ids(mask: Tensor, num_masked: int) -> tuple[Tensor, Tensor, Tensor]:
     ids_restore = torch.argsort(ids_shuffle, dim=1)
     num_visible = mask.shape[1] - num_masked
     return ids_shuffle[:, :num_visible], ids_shuffle[:, num_visible:], ids_restore
+
+
+def ids_to_mask(ids_keep: Tensor, num_patches: int) -> Tensor:
+    """The mask (B, N) that hides all patches but those of ids_keep (B, K)."""
+    hidden = torch.ones(len(ids_keep), num_patches, dtype=torch.bool, device=ids_keep.device)
+    return hidden.scatter_(1, ids_keep, False)
 
 
 def gather(tokens: Tensor, ids: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 
 UNITS = ("steps", "epochs", "images")
 
@@ -41,14 +42,27 @@ def constant(step: int, *, start: float, end: float, steps: int) -> float:
     return start
 
 
-SHAPES = {"cosine": cosine, "linear": linear, "constant": constant}
+SHAPES = {
+    "cosine": cosine,
+    "linear": linear,
+    "constant": constant,
+    "multistep": constant,  # between milestones
+}
 
 
-def warmup_then(shape: str, step: int, *, peak: float, end: float, warmup_steps: int, steps: int) -> float:
-    """Rise linearly to `peak` over the warm-up, then follow `shape` to `end` at the last step.
+def multistep(step: int, *, start: float, factor: float, milestones: Sequence[int]) -> float:
+    """`start`, multiplied by `factor` at every milestone (a step) that has been reached."""
+    return start * factor ** sum(step >= milestone for milestone in milestones)
 
-    The first update already moves: step s of the warm-up has (s + 1) / warmup_steps of the peak.
+
+def warmup_then(
+    shape: str, step: int, *, peak: float, end: float, warmup_steps: int, steps: int, start: float = 0.0
+) -> float:
+    """Rise linearly from `start` to `peak` over the warm-up, then follow `shape` to `end` at the last step.
+
+    The first update already moves: step s of the warm-up has come (s + 1) / warmup_steps of the way, so its last step
+    has the peak. Published programs are one step behind: their first update has `start`.
     """
     if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
+        return linear(step + 1, start=start, end=peak, steps=warmup_steps)
     return SHAPES[shape](step - warmup_steps, start=peak, end=end, steps=max(steps - 1 - warmup_steps, 0))

@@ -31,7 +31,7 @@ def shards() -> None:
 @click.option("--resize", metavar="short=N", help="Shrink images whose short side exceeds N pixels, as JPEG.")
 @click.option("--quality", type=int, help="Of the JPEGs that --resize writes; default: 90.")
 @click.option("--seed", default=0, show_default=True, help="Of the shuffle and the split.")
-@click.option("--workers", type=int, help="Processes; default: the allowed CPUs.")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes; default: the allowed CPUs.")
 @click.option("--max-left-out", type=int, help="Unreadable images accepted; default: 1 % but at least 10.")
 @click.option("--part", help="i/n: only every n-th shard, from the i-th; then `mim shards join OUT`.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
@@ -61,13 +61,18 @@ def shards_make(source: str, out: Path, resize: str | None, part: str | None, as
 def shards_join(out: Path, as_json: bool) -> None:
     """Join what all parts of `make`, `index` or `verify` left in OUT; may be repeated.
 
+    Of `verify` it tells what a run without parts would: also duplicates between parts, with the same exit code.
+
     \b
     Example:
       mim shards join shards/photos
     """
     from mim.data.join import join
 
-    tell(join(out), as_json)
+    report = join(out)
+    tell(report, as_json)
+    if not report.clean:
+        sys.exit(65)
 
 
 @shards.command("inspect")
@@ -99,7 +104,7 @@ def shards_inspect(dataset: Path, sheet: Path | None, as_json: bool) -> None:
 @click.argument("dataset", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--shards", "num_shards", type=int, required=True, help="How many shards to write.")
-@click.option("--workers", type=int, help="Processes; default: the allowed CPUs.")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes; default: the allowed CPUs.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def shards_reshard(dataset: Path, out: Path, num_shards: int, workers: int | None, as_json: bool) -> None:
     """Copy the samples of DATASET, in their order and byte for byte, into another number of shards.
@@ -119,7 +124,7 @@ def shards_reshard(dataset: Path, out: Path, num_shards: int, workers: int | Non
 @click.option("--headers-only", is_flag=True, help="Read only the tars' headers, by ranges: no CRC32, no sha256.")
 @click.option("--labels", type=click.Choice(["cls"]), help="Read the class of each sample from its member .cls.")
 @click.option("--image", help="Ending of the image member, for samples that have several or an unusual one.")
-@click.option("--workers", type=int, help="Processes; default: the allowed CPUs.")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes; default: the allowed CPUs.")
 @click.option("--part", help="i/n: only every n-th tar, from the i-th; then `mim shards join OUT`.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def shards_index(urls: tuple[str, ...], out: Path, part: str | None, as_json: bool, **options: Any) -> None:
@@ -141,7 +146,7 @@ def shards_index(urls: tuple[str, ...], out: Path, part: str | None, as_json: bo
 @shards.command("verify")
 @click.argument("dataset", type=click.Path(path_type=Path))
 @click.option("--decode", is_flag=True, help="Decode every image too, and write DATASET/quarantine.json.")
-@click.option("--workers", type=int, help="Processes; default: the allowed CPUs.")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes; default: the allowed CPUs.")
 @click.option("--part", help="i/n: only every n-th shard, from the i-th; then `mim shards join DATASET`.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def shards_verify(dataset: Path, decode: bool, workers: int | None, part: str | None, as_json: bool) -> None:

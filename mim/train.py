@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -18,16 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 import tokenizer as tokenizers
-from mim import __version__, build, checkpoint, config, optim
+from mim import __version__, build, checkpoint, config, experiment, optim, ranks, weights
 from mim.config import ConfigError
-from mim.contracts import LoadedRun
-from mim.data import mixture, order, quarantine, shuffle, stages, stream
+from mim.contracts import DataError, LoadedRun
+from mim.data import mixture, quarantine, shuffle, stages, stream
 from mim.log import Averages, Progress, RunLog, say, write_json
 from mim.schedules import to_steps
 
@@ -48,6 +46,18 @@ class Machine:
     cache_limit: float | None = None  # GiB of remote shards kept there; null: until 5 % or 20 GiB of the disk are left
     trackers: list[str] = field(default_factory=list)  # accelerate's, e.g. [tensorboard]; log.jsonl is always written
 
+    def __post_init__(self) -> None:
+        if self.precision not in ("no", "bf16", "fp16"):
+            raise ConfigError(f"train.precision={self.precision!r} is unknown; choose no, bf16 or fp16")
+
+
+@dataclass
+class Init:
+    """Section `init`: a new run from another run's weights, which is recorded as its parent."""
+
+    run: str | None = None  # RUN or RUN@step; null: start afresh (or from encoder.init)
+    optimizer: bool = False  # its optimizer too, then with the weights of the last step instead of their average
+
 
 @dataclass
 class Config:
@@ -60,6 +70,7 @@ class Config:
     mask: dict[str, Any] | None = None
     tokenizer: dict[str, Any] | None = None
     teacher: dict[str, Any] | None = None  # frozen encoder whose features a tokenizer learns: {recipe: NAME, path: RUN}
+    init: Init = field(default_factory=Init)
     train: Machine = field(default_factory=Machine)
     evals: dict[str, Any] = field(default_factory=dict)  # NAME: {every: "10 epochs", option: value}
 
@@ -75,7 +86,7 @@ class Job:
     dataset: mixture.AnyDataset
     sequence: mixture.AnyOrder
     journal: quarantine.Journal
-    experiment: dict[str, Any]
+    experiment: dict[str, Any]  # its identity
     accelerator: Accelerator
     model: nn.Module  # the wrapped objective
     optimizer: Any
@@ -88,7 +99,6 @@ class Job:
         return self.accelerator.unwrap_model(self.model)
 
 
-EXPERIMENT = ("data", "mask", "encoder", "tokenizer", "teacher", "objective", "optim")
 DONE, STOPPED = 0, 75  # exit codes
 ONE_SIGNAL = 2.0  # seconds within which signals to stop are the same one, sent to the process and to its group
 Stop = Callable[[int], bool]
@@ -101,8 +111,6 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
     """
     # ---- recipe ------------------------------------------------------------------------------------------------------
     cfg = config.typed(Config, config.read(recipe, overrides))
-    if cfg.train.precision not in ("no", "bf16", "fp16"):
-        raise ConfigError(f"train.precision={cfg.train.precision!r} is unknown; choose no, bf16 or fp16")
     run = Path(cfg.train.run or f"runs/{Path(recipe).stem}").expanduser()
 
     # ---- launch ------------------------------------------------------------------------------------------------------
@@ -123,15 +131,23 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
     rates = optim.resolve(cfg.optim, len(dataset))
     intervals(cfg, len(dataset))  # a mistake in them is refused here, before anything is written
     torch.manual_seed(cfg.optim.seed)
-    built = build.build(config.plain(cfg), dataset=dataset)
+    with torch.device("meta") if dry_run else contextlib.nullcontext():
+        built = build.build(config.plain(cfg), dataset=dataset)
     data = built.views.data
     sequence = mixture.order_of(dataset, seed=data.seed, lanes=data.lanes, window=data.window, repeats=data.repeats)
     journal = quarantine.Journal(mixture.bad_samples(dataset), dataset.counts, budget=data.bad_budget)
 
     # ---- run directory -----------------------------------------------------------------------------------------------
-    experiment = identity(built.sections, dataset)
-    resumed = find_resume(run, experiment, main_rank)
-    for line in describe(cfg, run, built, rates, dataset, accelerator):
+    learned = experiment.identity(built.sections, dataset)
+    resumed = experiment.find_resume(run, learned, main_rank)
+    with accelerator.main_process_first():  # one process downloads what encoder.init names
+        start = weights.start(built, cfg.init.run, optimizer=cfg.init.optimizer, resumed=resumed is not None)
+    for line in start.lines():
+        say(line, main=main_rank)
+    workers, micro_batches = num_workers(cfg.train.workers), cfg.train.micro_batches
+    for line in experiment.describe(
+        run, built, rates, dataset, accelerator, micro_batches=micro_batches, workers=workers
+    ):
         say(line, main=main_rank)
     if main_rank:
         world = accelerator.num_processes
@@ -141,7 +157,7 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
         return DONE
     accelerator.wait_for_everyone()
     if main_rank:
-        open_run(run, recipe, built.sections, experiment)
+        experiment.open_run(run, recipe, built.sections, learned, start)
 
     # ---- model and optimizer -----------------------------------------------------------------------------------------
     optimizer = optim.create(built.objective, cfg.optim)
@@ -152,8 +168,10 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
     trained = {n: p for n, p in objective.named_parameters() if p.requires_grad}
     ema = {n: p.detach().clone() for n, p in trained.items()} if cfg.optim.ema is not None else {}
     name = Path(recipe).stem
-    job = Job(cfg, run, built, rates, dataset, sequence, journal, experiment, accelerator, model, optimizer, ema, name)
-    state: dict[str, Any] = {"step": 0}
+    job = Job(cfg, run, built, rates, dataset, sequence, journal, learned, accelerator, model, optimizer, ema, name)
+    state: dict[str, Any] = {"step": 0, "look": start.report is not None}
+    if start.optimizer is not None:
+        checkpoint.restore_optimizer(start.optimizer, model, optimizer.optimizer)
     if resumed is not None:
         state = checkpoint.restore(resumed, model, optimizer.optimizer, ema)
         job.card = tokenizers.score_card(resumed)
@@ -169,26 +187,33 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
 
 
 def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
-    """Train from a saved state to the end, or until a stop is asked for. Returns the exit code."""
+    """Train from a saved state to the end, or until a stop is asked for. Returns the exit code.
+
+    Raises DataError above the budget of bad samples, after the step is saved: a larger budget goes on from there.
+    """
     cfg, accelerator, model, optimizer = job.cfg, job.accelerator, job.model, job.optimizer
-    device, ranks, main_rank = accelerator.device, accelerator.num_processes, accelerator.is_main_process
+    device, world, main_rank = accelerator.device, accelerator.num_processes, accelerator.is_main_process
     start, total, batch_size = state["step"], job.rates.total_steps, cfg.optim.batch_size
     objective = job.objective
     every = intervals(cfg, len(job.dataset))
     averages = Averages(state.get("averages") if main_rank else None)
     fingerprint = state.get("fingerprint", 0) if main_rank else 0  # the ranks' shares are added when it is read
-    log, bad_log = (RunLog(job.run / f"{n}.jsonl", start) if main_rank else None for n in ("log", "journal"))
+    kept = start or -1  # no checkpoint has step 0: its lines are of an earlier attempt
+    log, bad_log = (RunLog(job.run / f"{n}.jsonl", kept) if main_rank else None for n in ("log", "journal"))
     progress_line = Progress(start, total, batch_size=batch_size, main=main_rank)
     waiting = stages.Waiting(num_workers(cfg.train.workers))
+    excess: str | None = None
     status(job, "running", start)
-    if start == 0 and hasattr(objective, "start"):
+    for name in cfg.evals if state.get("look") else ():  # what the weights are worth before the first step
+        look(job, name, 0, log)
+    if start == 0 and not state.get("look") and hasattr(objective, "start"):
         objective.start(stream.to_device(batch, device) for batch in loader(job, 0))
     batches = iter(loader(job, start))
     model.train()
 
     for step in range(start + 1, total + 1):  # `step` counts committed updates: 1 after the first
         lr, weight_decay = job.rates.at(step - 1)
-        optim.set_rates(optimizer, lr, weight_decay)
+        optim.set_rates(optimizer, lr, weight_decay, job.rates.encoder_scale(step - 1))
         progress = torch.tensor((step - 1) / total, device=device)
 
         # ---- gradient of one global batch ----------------------------------------------------------------------------
@@ -204,7 +229,7 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
             last = micro == cfg.train.micro_batches - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(model):
                 out = model(batch, progress)
-                accelerator.backward((out["loss"] * batch["weight"]).sum() * (ranks / batch_size))  # DDP takes the mean
+                accelerator.backward((out["loss"] * batch["weight"]).sum() * (world / batch_size))  # DDP takes the mean
             averages.add(out, batch["weight"])
             fingerprint = (fingerprint + batch["fingerprint"]) % stream.FINGERPRINT_MODULUS
             job.journal.add(step, batch["bad"])
@@ -216,7 +241,7 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
             optimizer.optimizer.found_inf = (~finite).float()
         optimizer.step()
         optimizer.zero_grad()
-        averages.add_step({"grad_norm": torch.where(finite, norm, 0.0), "skipped": ~finite}, ranks)
+        averages.add_step({"grad_norm": torch.where(finite, norm, 0.0), "skipped": ~finite}, world)
         if hasattr(objective, "after_step"):
             objective.after_step(step, progress)
         if cfg.optim.ema is not None:
@@ -229,15 +254,16 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
         # ---- log, look, save -----------------------------------------------------------------------------------------
         ending = step == total
         logging = ending or step % every["log"] == 0
-        stopping = agree(stop(step), ranks) if ranks == 1 or logging else False
+        stopping = ranks.agree(stop(step)) if world == 1 or logging else False
         saving = stopping or ending or step % every["save"] == 0
         if logging or saving:
-            job.journal.collect(bad_log, lambda found: gather(found, device))
+            job.journal.collect(bad_log, lambda found: ranks.gather(found, device))
+            excess = job.journal.excess()  # from here on all ranks agree
         if logging:
-            values: dict[str, Any] = averages.read(add_over_ranks)
+            values: dict[str, Any] = averages.read(ranks.add)
             values |= {"lr": lr, "weight_decay": weight_decay, "epoch": step * batch_size / len(job.dataset)}
             values |= {"num_bad": len(job.journal.bad), **progress_line.rates(step)}
-            fingerprint = total_fingerprint(fingerprint, device, main_rank)
+            fingerprint = ranks.total_fingerprint(fingerprint, device, main_rank)
             progress_line.show(step, values)
             accelerator.log(values, step=step)
             if log is not None:
@@ -245,13 +271,16 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
         for name in cfg.evals:
             if ending or step % every[name] == 0:
                 look(job, name, step, log)
-        if saving:
-            fingerprint = total_fingerprint(fingerprint, device, main_rank)
+        if saving or excess:
+            fingerprint = ranks.total_fingerprint(fingerprint, device, main_rank)
             save(job, step, fingerprint, averages)
-        if stopping and not ending:
+        if excess or (stopping and not ending):
             break
 
     progress_line.close()
+    if excess:
+        status(job, "failed", step, reason=excess)
+        raise DataError(f"{excess}; step {step} is saved, the same command goes on from there")
     code = DONE if start == total or step == total else STOPPED
     status(job, "done" if code == DONE else "stopped", total if code == DONE else step)
     last_words = f"done: {job.run}" if code == DONE else f"stopped at step {step}; the same command resumes"
@@ -309,47 +338,6 @@ def clip(accelerator: Accelerator, model: nn.Module, max_norm: float | None) -> 
         return accelerator.clip_grad_norm_(model.parameters(), max_norm)
     accelerator.unscale_gradients()
     return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-
-
-def add_over_ranks(value: Tensor) -> Tensor:
-    """Sum of a tensor over all ranks."""
-    if dist.is_initialized():
-        dist.all_reduce(value)
-    return value
-
-
-def gather(values: list[Any], device: torch.device) -> list[Any]:
-    """The lists of all ranks, joined in the order of ranks. They travel as JSON: nothing is unpickled."""
-    if not dist.is_initialized():
-        return values
-    text = torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8, device=device)
-    sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
-    sizes[dist.get_rank()] = len(text)
-    lengths = add_over_ranks(sizes).tolist()
-    if max(lengths) == len("[]"):
-        return []
-    padded = torch.zeros(max(lengths), dtype=torch.uint8, device=device)
-    padded[: len(text)] = text
-    texts = [torch.empty_like(padded) for _ in lengths]
-    dist.all_gather(texts, padded)
-    lists = [json.loads(bytes(t[:n].tolist())) for t, n in zip(texts, lengths, strict=True)]
-    return [value for found in lists for value in found]
-
-
-def total_fingerprint(share: int, device: torch.device, main_rank: bool) -> int:
-    """Add the ranks' shares of the stream fingerprint; the main rank keeps the sum, the others start again at 0."""
-    if not dist.is_initialized():
-        return share
-    total = int(add_over_ranks(torch.tensor(share, dtype=torch.int64, device=device)))  # wraps modulo 2**64
-    return total % stream.FINGERPRINT_MODULUS if main_rank else 0
-
-
-def agree(stopping: bool, ranks: int) -> bool:
-    """True on every rank when it is true on one."""
-    if ranks == 1:
-        return stopping
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    return bool(add_over_ranks(torch.tensor(int(stopping), device=device)))
 
 
 @contextlib.contextmanager
@@ -464,7 +452,7 @@ def save(job: Job, step: int, fingerprint: int, averages: Averages) -> None:
     state = {
         "position": step * job.cfg.optim.batch_size,
         "fingerprint": fingerprint,
-        "averages": averages.state(add_over_ranks),
+        "averages": averages.state(ranks.add),
         "bad": job.journal.state(),
         "order": job.sequence.identity(),
         "experiment": config.digest(job.experiment),
@@ -488,82 +476,8 @@ def write_tokenizer(job: Job, folder: Path) -> None:
         tokenizers.save(objective.tokenizer, folder, name=section["name"], config=options, card=card)
 
 
-def status(job: Job, state: str, step: int) -> None:
+def status(job: Job, state: str, step: int, *, reason: str | None = None) -> None:
     """Write status.json, which launch scripts read."""
     if job.accelerator.is_main_process:
         value = {"state": state, "step": step, "of": job.rates.total_steps, "recipe": job.recipe}
-        write_json(job.run / "status.json", value)
-
-
-# ---- run directory and start lines ---------------------------------------------------------------
-
-
-def identity(sections: dict[str, Any], dataset: mixture.AnyDataset) -> dict[str, Any]:
-    """What is learned: the experiment sections without paths, the dataset's id and the frozen tokenizer's hash."""
-    found = {name: config.plain(sections.get(name)) for name in EXPERIMENT}
-    looks = ("path", "sources", "val_path", "eval_view", "labels_from_folders", "val_ratio", "bad_budget")
-    found["data"] = {key: value for key, value in found["data"].items() if key not in looks}
-    found["dataset_id"] = dataset.id
-    if sections.get("teacher") is not None:
-        found["teacher"] = {key: sections["teacher"][key] for key in ("step", "experiment")}
-    if sections.get("encoder") is not None and sections.get("tokenizer") is not None:
-        folder = Path(sections["tokenizer"]["path"])
-        files = (folder / "tokenizer.json", folder / "tokenizer.safetensors")
-        found["tokenizer"] = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-    return found
-
-
-def find_resume(run: Path, experiment: dict[str, Any], main_rank: bool) -> Path | None:
-    """The checkpoint to resume from; None for a fresh run. A run of another experiment is refused with a diff."""
-    if not (run / "config.yaml").is_file():
-        if run.is_dir() and any(run.iterdir()):
-            raise ConfigError(f"train.run={run} is a folder with other files; choose a new or empty one")
-        return None
-    changed = config.difference(checkpoint.read_config(run)["experiment"], experiment)
-    if changed:
-        raise ConfigError(
-            f"{run} holds another experiment; choose another train.run, or restore what changed:\n  "
-            + "\n  ".join(changed)
-        )
-    return checkpoint.newest(run, report=lambda line: say(line, main=main_rank))
-
-
-def open_run(run: Path, recipe: str, sections: dict[str, Any], experiment: dict[str, Any]) -> None:
-    """Create the run directory and write its resolved recipe."""
-    run.mkdir(parents=True, exist_ok=True)
-    temporary = run / ".config.yaml.tmp"
-    saved = {"format": checkpoint.FORMAT, "recipe": recipe, **sections, "experiment": experiment}
-    temporary.write_text(config.to_yaml(saved))
-    temporary.replace(run / "config.yaml")
-
-
-def describe(
-    cfg: Config,
-    run: Path,
-    built: build.Built,
-    rates: optim.Rates,
-    dataset: mixture.AnyDataset,
-    accelerator: Accelerator,
-) -> list[str]:
-    """The start lines: what is really used, not what was asked for."""
-    device = accelerator.device
-    with accelerator.autocast():
-        probe = torch.ones(8, 8, device=device)
-        matmul = str((probe @ probe).dtype).removeprefix("torch.")
-    ranks, micro = accelerator.num_processes, cfg.train.micro_batches
-    rows = order.Plan(built.views.data.repeats, cfg.optim.batch_size, world=ranks, micro_batches=micro).micro_size
-    count = sum(p.numel() for p in built.objective.parameters() if p.requires_grad) / 1e6
-    inside = sum(p.numel() for p in built.encoder.parameters()) / 1e6 if built.encoder is not None else 0.0
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    epoch = len(dataset) / cfg.optim.batch_size
-    objective = built.sections["objective"]["name"]
-    return [
-        f"{objective} -> {run}: {count:.2f} M trained parameters" + (f", encoder {inside:.2f} M" if inside else ""),
-        f"device {name}, matmul in {matmul}, {ranks} rank{'s' * (ranks > 1)}, "
-        f"batch {cfg.optim.batch_size} = {ranks} x {micro} micro-batch{'es' * (micro > 1)} of {rows}, "
-        f"{num_workers(cfg.train.workers)} loader workers per rank",
-        f"data {dataset.path}: {len(dataset)} images in {len(dataset.counts)} shards, views {built.views.sizes}",
-        *(dataset.describe(cfg.optim.batch_size, rates.total_steps) if isinstance(dataset, mixture.Mixture) else []),
-        f"1 epoch = {len(dataset)} images = {epoch:.1f} steps; run = {rates.total_steps} steps; "
-        f"learning rate {rates.lr:.3g} after {rates.warmup_steps} steps of warm-up",
-    ]
+        write_json(job.run / "status.json", value | ({"reason": reason} if reason else {}))

@@ -12,6 +12,7 @@ from mim import build
 from mim.contracts import LoadedRun
 from mim.data.make import make
 from mim.data.shards import Dataset
+from mim.patches import patchify, unpatchify
 from tokenizer import dvae
 
 torch.set_num_threads(1)  # on tensors this small, threads cost more than they bring
@@ -20,12 +21,34 @@ CLASSES = ("columns", "rows", "slopes")
 CONVOLUTIONS = {"target": "pixels", "network": "conv", "stride": 8, "width": 8, "depth": 1, "decoder_width": 8}
 TINY = {
     "vit": {"model": "vit_tiny_patch16_224", "width": 32, "depth": 2, "num_heads": 2, "patch_size": 8},
+    "eva": {"model": "eva02_tiny_patch14_224", "width": 32, "depth": 2, "num_heads": 2, "patch_size": 8},
+    "mim.encoders.beit": {"width": 32, "depth": 2, "num_heads": 2, "patch_size": 8},  # a name of two folders
+    "dense": {
+        "model": "swin_tiny_patch4_window7_224",
+        "options": {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4},
+    },
     "dvae": {"num_codes": 16, "width": 8, "n_init": 8, "num_groups": 4, "blocks_per_group": 1},
     "vqkd": {**CONVOLUTIONS, "num_codes": 16, "code_width": 8},
     "fsq": {**CONVOLUTIONS, "levels": [4, 4]},
     "mae": {"decoder_width": 16, "decoder_depth": 1, "decoder_num_heads": 2},
     "beit": {"num_codes": 16},
+    "beit2": {"num_codes": 16, "early_layer": 1},
 }  # options that make a component small; one that is not named here is small enough as it is
+
+
+def repainted(images, which, patch_size):
+    """The same images with other pixels in the patches where `which` (B, N) is True."""
+    grid = images.shape[2] // patch_size, images.shape[3] // patch_size
+    patches = patchify(images, patch_size)
+    return unpatchify(torch.where(which[..., None], 1 - patches, patches), grid, images.shape[1])
+
+
+def shaken(module):
+    """The module in evaluation mode with random weights: tokens, biases and gammas start at zero or equal."""
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return module.eval()
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +100,7 @@ def recipe(shards, saved_tokenizer):
             found["tokenizer"] = {"name": "dvae", **TINY["dvae"]}
         else:
             found |= {"encoder": {"name": "vit", **TINY["vit"]}, "mask": {"name": "random", "ratio": 0.5}}
-        if objective == "beit":
+        if objective in ("beit", "beit2"):
             found["tokenizer"] = {"recipe": "dvae", "path": str(saved_tokenizer)}
         return copy.deepcopy(found)
 
@@ -97,3 +120,9 @@ def loaded_run(recipe, shards, tmp_path):
         return LoadedRun(built.objective, built.encoder, built.frozen, built.views, built.sections, 7, tmp_path / "run")
 
     return load
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path_factory, monkeypatch):
+    """A home of its own for every test: caches begin empty, and nobody's are touched."""
+    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))

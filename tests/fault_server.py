@@ -28,6 +28,7 @@ class Fault:
     name: str
     status: int | None = None
     headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""  # of an answer with this status
     cut_at: int | None = None  # body bytes after which the connection ends
     reset: bool = False  # ... by RST
     stall_at: int | None = None  # body bytes after which nothing comes any more
@@ -40,8 +41,8 @@ class Fault:
     silent: bool = False  # accept and never answer
 
 
-def status(code, **headers):
-    return Fault(f"status {code}", status=code, headers=headers)
+def status(code, *, body=b"", **headers):
+    return Fault(f"status {code}", status=code, headers=headers, body=body)
 
 
 def cut(at, *, reset=False, length=True):
@@ -168,7 +169,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             server.stopping.wait(60)
             return self.end()
         if entry is None or fault.status is not None:
-            return self.head(fault.status or 404, {"Content-Length": "0"} | fault.headers, fault)
+            self.head(fault.status or 404, {"Content-Length": str(len(fault.body))} | fault.headers, fault)
+            return self.send(server, path, fault, fault.body)
         headers = {"ETag": etag} if etag else {}
         if self.headers.get("If-Match", etag) != etag:
             return self.head(412, {**headers, "Content-Length": "0"}, fault)

@@ -64,7 +64,7 @@ def trained(mim, tmp_path):
         mim("shards", "make", tmp_path / "in", tmp_path / "shards", "--val-ratio", "0.3", "--workers", "1")
         recipe = RECIPE | {
             "data": {"path": str(tmp_path / "shards"), "image_size": SIZE, "channels": channels, **data},
-            "objective": {"name": "mae", "channels": channels, "decoder_width": 16, "decoder_depth": 1,
+            "objective": {"name": "mae", "decoder_width": 16, "decoder_depth": 1,
                           "decoder_num_heads": 2, "norm_pix_loss": False},
         }  # fmt: skip
         (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))

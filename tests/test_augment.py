@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from mim.data import augment
-from mim.data.augment import Box, center, crop, gray_center, gray_crop
+from mim.data.augment import Box, center, crop, gray_center, gray_crop, multi_crop
 from mim.data.decode import Encoded, decode, open_image
 from mim.data.order import rng
 
@@ -140,3 +140,26 @@ def test_the_photometric_change_is_gray_varied_and_keyed_by_the_sample():
     inverted = [int(view[0, 4, 16]) > int(view[0, 28, 16]) for view in views]  # the ramp brightens downwards
     assert 8 < sum(inverted) < 32
     assert len({float(view.float().mean()) for view in views}) == 40
+
+
+def test_multi_crop_gives_global_and_local_crops_of_their_own_boxes_and_areas():
+    """On an image that holds its own coordinates, each crop shows where it was cut."""
+    rows, columns = torch.meshgrid(torch.arange(200.0), torch.arange(200.0), indexing="ij")
+    image = torch.stack([rows, columns])
+    options = {"num_global": 2, "num_local": 6, "local_size": 8, "hflip": 0.5, "ratio": (1.0, 1.0)}
+    found = multi_crop(image, np.random.default_rng(3), [(16, 16)], **options)
+    assert found["images"].shape == (2, 2, 16, 16)
+    assert found["local_images"].shape == (6, 2, 8, 8)
+    for name, (low, high) in {"images": (0.4, 1.0), "local_images": (0.05, 0.4)}.items():
+        spans = found[name][:, 0, -1, 0] - found[name][:, 0, 0, 0]  # rows covered, less about one pixel of the crop
+        areas = (spans * (1 + 1 / (found[name].shape[-1] - 1)) / 200) ** 2
+        assert areas.min() > 0.8 * low
+        assert areas.max() < 1.2 * high
+        assert len({round(float(corner)) for corner in found[name][:, 0, 0, 0]}) > 1
+    again = multi_crop(image, np.random.default_rng(3), [(16, 16)], **options)
+    assert all(torch.equal(found[name], again[name]) for name in found)
+
+
+def test_multi_crop_without_local_crops_has_no_field_for_them():
+    found = multi_crop(torch.zeros(3, 20, 20), np.random.default_rng(0), [(8, 8)], num_local=0)
+    assert set(found) == {"images"}

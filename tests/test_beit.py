@@ -5,7 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from peers import distance, gradients, renamed, shake
 
+from mim.build import IMAGENET_MEAN, IMAGENET_STD
+from mim.encoders import beit as beit_encoder
 from mim.encoders import vit
 from mim.objectives import beit
 from mim.patches import patchify, unpatchify
@@ -35,6 +38,119 @@ def batch():
 def repainted(images, which):
     patches = patchify(images, 8)
     return unpatchify(torch.where(which[..., None], 1 - patches, patches), (4, 6), 3)
+
+
+# ---- parity with transformers --------------------------------------------------------------------
+
+
+# Encoder, its positions (the published program pretrains with shared relative ones), LayerScale.
+PEERS = [
+    ("beit", "shared_relative", 0.1),
+    ("beit", "relative", 0.1),
+    ("beit", "absolute", 0.1),
+    ("vit", "learn", 0.1),
+    ("vit", "learn", 0.0),
+]
+
+
+@pytest.fixture(params=PEERS, ids=lambda peer: " ".join(map(str, peer)))
+def peer(request):
+    """Ours and transformers' with the same weights, and the epsilon of the published program.
+
+    transformers 5.23 adds absolute positions after the mask token took its places, as the published program does (older
+    versions did before, so that masked patches had none). Its class differs from that program in two defaults, which
+    are overridden here: an epsilon of 1e-12 in the norms, and, without `use_mean_pooling`, a second norm before the
+    head.
+    """
+    transformers = pytest.importorskip("transformers")
+    name, positions, layer_scale = request.param
+    torch.manual_seed(1)
+    theirs = transformers.BeitForMaskedImageModeling(
+        transformers.BeitConfig(
+            vocab_size=CODES, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
+            image_size=32, patch_size=8, layer_norm_eps=1e-6, use_mask_token=True, use_mean_pooling=True,
+            use_absolute_position_embeddings=positions in ("learn", "absolute"), layer_scale_init_value=layer_scale,
+            use_shared_relative_position_bias=positions == "shared_relative",
+            use_relative_position_bias=positions == "relative", drop_path_rate=0.0,
+        )
+    ).eval()  # fmt: skip
+    shake(theirs)
+    module, model = (vit, "vit_tiny_patch16_224") if name == "vit" else (beit_encoder, "beit_base_patch16_224")
+    cfg = module.Config(model, width=32, depth=2, num_heads=2, patch_size=8, positions=positions,
+                        layer_scale=layer_scale or None, mean=IMAGENET_MEAN, std=IMAGENET_STD)  # fmt: skip
+    ours = beit.build(module.build(cfg, image_size=(32, 32), channels=3), beit.Config(num_codes=CODES)).eval()
+    convert = ours_of if name == "vit" else ours_of_beit
+    ours.load_state_dict(convert(theirs.state_dict()))
+    return ours, theirs, convert
+
+
+def ours_of(state):
+    renames = [
+        ("beit.embeddings.mask_token", "mask_token"),
+        ("beit.embeddings.", "encoder.vit.embeddings."),
+        ("beit.layers", "encoder.vit.blocks"),
+        ("lm_head", "head"),
+    ]
+    state = {"encoder.vit.norm" + name[9:] if name.startswith("layernorm.") else name: t for name, t in state.items()}
+    return renamed(state, renames)
+
+
+def ours_of_beit(state):
+    """As timm's Beit has them: keys without bias, and tables of relative positions."""
+    found = {}
+    for name, value in ours_of(state).items():
+        name = name.replace("beit.shared_position_bias.", "encoder.vit.rel_pos_bias.")
+        name = name.replace("relative_position_bias.", "attn.") if ".blocks." in name else name
+        name = name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2")
+        if name.endswith("qkv.bias"):
+            query, _, value = value.chunk(3)
+            found[name.replace("qkv.bias", "q_bias")] = query
+            name = name.replace("qkv.bias", "v_bias")
+        found[name] = value
+    return found
+
+
+def a_square_batch(rows=4):
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "images": torch.rand(rows, 3, 32, 32, generator=generator),
+        "mask": torch.stack([torch.randperm(16, generator=generator) < 6 for _ in range(rows)]),
+        "num_masked": 6,
+        "codes": torch.randint(CODES, (rows, 16), generator=generator),
+    }
+
+
+def test_logits_loss_and_gradients_are_those_of_transformers(peer):
+    ours, theirs, convert = peer
+    batch = a_square_batch()
+    pixels, mask = ours.encoder.normalize(batch["images"]), batch["mask"]
+    reference = theirs(pixels, bool_masked_pos=mask, labels=batch["codes"][mask])
+    logits = ours.head(ours.encoder(batch["images"], mask=mask, mask_token=ours.mask_token).patches)
+    loss = ours(batch, PROGRESS)["loss"].mean()
+    assert distance(logits, reference.logits) < 1e-5
+    assert loss.item() == pytest.approx(reference.loss.item(), rel=1e-5)
+    reference.loss.backward()
+    loss.backward()
+    expected, found = convert(gradients(theirs)), gradients(ours)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        assert distance(gradient, expected[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("peer", PEERS[2:], indirect=True, ids=lambda peer: " ".join(map(str, peer)))
+def test_masked_patches_keep_their_absolute_positions_in_both(peer):
+    """The trap of older versions of transformers: with positions added first, all masked patches would be alike."""
+    ours, theirs, _ = peer
+    batch = a_square_batch(rows=1)
+    mask = torch.ones_like(batch["mask"])
+    for tokens in (
+        ours.encoder(batch["images"], mask=mask, mask_token=ours.mask_token).patches,
+        theirs.beit(batch["images"], bool_masked_pos=mask).last_hidden_state[:, 1:],
+    ):
+        assert (tokens[:, 1:] - tokens[:, :1]).abs().amax(dim=2).min() > 0.01
+
+
+# ---- what is seen and what is compared -----------------------------------------------------------
 
 
 def test_the_loss_is_the_cross_entropy_of_the_masked_positions(objective, batch):
@@ -110,6 +226,18 @@ def test_an_untrained_head_knows_nothing():
         "codes": torch.arange(N)[None] % CODES,
     }
     assert fresh(given, PROGRESS)["loss"].item() == pytest.approx(math.log(CODES), abs=0.1)
+
+
+def test_mask_token_and_head_start_within_two_hundredths_and_the_bias_at_zero():
+    """A normal of std 0.02 cut at one standard deviation: its std is 0.0108."""
+    torch.manual_seed(0)
+    cfg = vit.Config("vit_tiny_patch16_224", width=192, depth=1, num_heads=3, patch_size=8)
+    fresh = beit.build(vit.build(cfg, image_size=SIZE, channels=3), beit.Config(num_codes=512))
+    assert fresh.head.weight.abs().max() <= 0.02
+    assert fresh.mask_token.abs().max() <= 0.02
+    assert fresh.mask_token.any()
+    assert fresh.head.weight.std().item() == pytest.approx(0.0108, rel=0.01)
+    assert not fresh.head.bias.any()
 
 
 def test_the_mask_token_is_learned_and_stays_out_of_the_encoder(objective, batch):

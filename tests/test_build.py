@@ -139,6 +139,12 @@ def test_a_red_tokenizer_is_refused_unless_forced(saved_tokenizer, tmp_path, usa
 # ---- objective -----------------------------------------------------------------------------------
 
 
+def test_an_objective_of_one_crop_refuses_several(recipe):
+    sections = recipe("mae")
+    sections["data"]["view"] = {"name": "multi_crop"}
+    assert refusal(sections) == "data.view.name=multi_crop, but objective.name=mae reads one crop; use crop"
+
+
 @pytest.mark.parametrize("objective", ["mae", "beit"])
 def test_an_objective_that_reads_a_mask_needs_one(recipe, objective):
     sections = recipe(objective)
@@ -147,12 +153,12 @@ def test_an_objective_that_reads_a_mask_needs_one(recipe, objective):
     assert refusal(sections) == expected
 
 
-@pytest.mark.parametrize(("data", "objective"), [(1, 3), (3, 1)])
-def test_the_channels_of_mae_must_be_those_of_the_data(recipe, data, objective):
-    sections = recipe("mae")
-    sections["data"]["channels"] = data
-    sections["objective"]["channels"] = objective
-    assert refusal(sections) == f"objective.channels={objective}, but data.channels={data}; make them equal"
+@pytest.mark.parametrize("channels", [1, 3, 5])
+@pytest.mark.parametrize(("objective", "head"), [("mae", "decoder_pred"), ("simmim", "head")])
+def test_the_pixels_that_are_predicted_have_the_channels_of_the_data(recipe, objective, head, channels):
+    sections = recipe(objective)
+    sections["data"]["channels"] = channels
+    assert getattr(build.build(sections).objective, head).out_features == 8 * 8 * channels
 
 
 def test_the_channels_of_the_tokenizer_must_be_those_of_the_data(recipe):
@@ -174,10 +180,9 @@ def test_other_numbers_of_channels_than_the_dataset_s_are_refused_with_its_own(c
 def test_gray_views_of_five_channels_or_sixteen_bits_are_refused(recipe):
     sections = recipe()
     sections["data"] |= {"channels": 5, "view": {"name": "gray_crop"}}
-    sections["objective"]["channels"] = 5
     expected = "data.view.name=gray_crop takes 8-bit images of 1 or 3 channels, not 5 of uint8; use crop"
     assert refusal(sections) == expected
-    sections["data"]["channels"] = sections["objective"]["channels"] = 1
+    sections["data"]["channels"] = 1
     with pytest.raises(ConfigError, match="not 1 of uint16; use crop"):
         build.build(sections, dataset=SimpleNamespace(**vars(GRAY) | {"dtype": "uint16"}))
 
@@ -218,5 +223,4 @@ def test_the_range_of_the_recipe_goes_before_the_dataset_s_and_moves_its_statist
 def test_jitter_is_for_colour_and_at_most_one(recipe, channels, strength, message):
     sections = recipe()
     sections["data"] |= {"channels": channels, "jitter": strength}
-    sections["objective"]["channels"] = channels
     assert refusal(sections) == f"data.jitter={strength} {message}"

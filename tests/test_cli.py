@@ -211,6 +211,20 @@ def test_tars_are_indexed_and_parts_joined(mim, shards, tmp_path):
     )
 
 
+def test_parts_of_verify_are_joined_with_its_exit_code(mim, shards, tmp_path):
+    folder = shutil.copytree(shards / "train", tmp_path / "train")
+    for part in ("1/2", "2/2"):
+        assert mim("shards", "verify", folder, "--part", part, "--workers", "1")[0] == 0
+    assert mim("shards", "join", folder)[0] == 0
+    shard = sorted(folder.glob("*.tar"))[0]
+    shard.write_bytes(shard.read_bytes()[:-3000])
+    codes = [mim("shards", "verify", folder, "--part", part, "--workers", "1")[0] for part in ("1/2", "2/2")]
+    assert codes == [65, 0]
+    code, out, err = mim("shards", "join", folder, "--json")
+    assert (code, err) == (65, "")
+    assert json.loads(out)["verified"][0]["findings"][0]["shard"] == shard.name
+
+
 def test_a_data_set_is_copied_into_another_number_of_shards(mim, shards, tmp_path):
     code, out, _ = mim(
         "shards", "reshard", shards / "val", tmp_path / "out", "--shards", "3", "--workers", "1", "--json"
@@ -229,6 +243,14 @@ def test_a_contact_sheet_is_written_where_asked(mim, shards, tmp_path):
 def test_an_option_of_the_shard_tools_that_means_nothing_is_refused(refused, shards, tmp_path):
     assert refused("shards", "verify", shards / "val", "--part", "3/2").startswith("--part 3/2 is no part; write i/n")
     assert refused("shards", "make", tmp_path, tmp_path / "out", "--resize", "long=9").startswith("--resize long=9 is")
+
+
+@pytest.mark.parametrize("command", ["make", "index", "verify", "reshard"])
+def test_a_tool_needs_at_least_one_process(mim, shards, tmp_path, command):
+    out = [] if command == "verify" else [tmp_path / "out"]
+    code, _, err = mim("shards", command, shards / "val", *out, "--workers", "0")
+    assert code == 2
+    assert "0 is not in the range x>=1" in err
 
 
 def test_what_is_no_data_set_is_refused_with_the_remedy(refused, tmp_path):
@@ -270,14 +292,16 @@ def test_an_unknown_recipe_is_refused_with_the_closest(refused):
         ("mask.ratio=1.5", "mask.ratio=1.5 must lie between 0 and 1"),
         ("mask=null", "objective.name=mae needs a mask"),
         ("encoder.patch_size=7", "image"),
-        ("encoder.width=33", "encoder.width=33"),
+        (
+            "encoder.width=33",
+            "encoder.model='vit_tiny_patch16_224' cannot be built for images of 32x32 and encoder.width=33",
+        ),
         ("optim.warmup='3 epochs'", "optim.warmup='3 epochs' is"),
         ("optim.length=soon", "optim.length='soon' is not a duration"),
         ("optim.base_lr=1", "optim.lr=0.001 and optim.base_lr=1.0: give exactly one"),
         ("data.lanes=1000", "data.lanes=1000 must lie between 1 and the"),
         ("data.image_size=[32]", "data.image_size=[32] must be one number of pixels or [height, width]"),
-        ("data.channels=1", "objective.channels=3, but data.channels=1"),
-        ("data.path=/nowhere", "/nowhere is not a folder"),
+        ("data.path=/nowhere", "data.path=/nowhere is not there, and train.save_every='1 epochs' counts its epochs"),
         ("lr", "'lr' is not an override; write section.key=value"),
     ],
 )
@@ -308,7 +332,6 @@ def test_a_tokenizer_that_is_not_trained_yet_is_refused_with_the_command(refused
     ("override", "start"),
     [
         ("tokenizer=null", "objective.name=beit needs a tokenizer; add tokenizer: {recipe: NAME, path: RUN}"),
-        ("tokenizer.path=null", "tokenizer.path is missing: the run of a trained tokenizer"),
         ("tokenizer.paht=x", "tokenizer.paht is not a known key; known here: recipe, path, image_size"),
         (
             "tokenizer.image_size=48",
@@ -320,6 +343,13 @@ def test_a_tokenizer_that_is_not_trained_yet_is_refused_with_the_command(refused
 def test_a_mistake_about_the_tokenizer_is_one_sentence(refused, tiny, tmp_path, override, start):
     message = refused("train", tiny("beit"), override, f"train.run={tmp_path / 'run'}", "--dry-run")
     assert message.startswith(start)
+
+
+def test_what_a_plan_can_do_without_a_training_cannot(refused, tiny, tmp_path):
+    run = f"train.run={tmp_path / 'run'}"
+    assert refused("train", tiny(), "data.path=/nowhere", run).startswith("/nowhere is not a folder")
+    message = refused("train", tiny("beit"), "tokenizer.path=null", run)
+    assert message.startswith("tokenizer.path is missing: the run of a trained tokenizer")
 
 
 def test_codes_that_do_not_fit_the_tokenizer_are_refused_with_both_numbers(refused, tiny, tmp_path):
@@ -447,8 +477,22 @@ def test_an_error_of_the_program_itself_is_a_traceback_and_70(mim, monkeypatch, 
 def test_the_exit_code_of_a_training_is_that_of_the_loop(mim, monkeypatch, code):
     asked = []
     monkeypatch.setattr("mim.train.main", lambda *arguments, **options: asked.append((arguments, options)) or code)
-    assert mim("train", "mae_vittiny_cifar10", "optim.lr=1", "--dry-run", "a.b=2")[0] == code
-    assert asked == [(("mae_vittiny_cifar10", ["optim.lr=1", "a.b=2"]), {"dry_run": True})]
+    assert mim("train", "mae_vittiny_cifar10", "optim.lr=1", "a.b=2")[0] == code
+    assert asked == [(("mae_vittiny_cifar10", ["optim.lr=1", "a.b=2"]), {})]
+
+
+def test_a_dry_run_is_a_plan(mim, monkeypatch):
+    asked = []
+    monkeypatch.setattr("mim.plan.main", lambda *arguments, **options: asked.append((arguments, options)) or 0)
+    assert mim("train", "mae_vitb16_in1k", "optim.ema=0.9", "--dry-run", "--images", "1281167", "--json")[0] == 0
+    assert asked == [(("mae_vitb16_in1k", ["optim.ema=0.9"]), {"images": 1281167, "as_json": True})]
+
+
+@pytest.mark.parametrize("option", [["--images", "5"], ["--json"]])
+def test_what_belongs_to_a_dry_run_is_refused_without_it(mim, option):
+    code, out, err = mim("train", "mae_vittiny_cifar10", *option)
+    assert (code, out) == (2, "")
+    assert "--images and --json belong to --dry-run; add it, or leave them out" in err
 
 
 def test_another_rank_than_the_first_says_which_it_is(mim, monkeypatch):

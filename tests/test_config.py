@@ -257,7 +257,7 @@ def test_what_the_section_does_not_give_keeps_the_function_s_own_default():
 def test_only_functions_with_options_can_be_selected_by_name(name):
     message = refusal(config.bind, "mim.masking", {"name": name}, "mask")
     assert message.startswith(f"mask.name={name!r} is unknown")
-    assert message.endswith("choose one of block, random")
+    assert message.endswith("choose one of block, cells, random")
 
 
 def test_a_function_without_options_is_no_view_and_no_mask(package, tmp_path):

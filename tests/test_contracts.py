@@ -16,6 +16,7 @@ from PIL import Image
 import tokenizer as tokenizers
 from mim import config
 from mim.config import ConfigError
+from mim.encoders import dense
 from mim.patches import mask_to_ids
 
 FOLDERS = {
@@ -50,7 +51,8 @@ def files_of(package):
 
 
 def tiny_config(package, name):
-    return config.component(package, {"name": name, **TINY.get(name, {})}, "test")
+    options = TINY.get(f"{package}.{name}", TINY.get(name, {}))
+    return config.component(package, {"name": name, **options}, "test")
 
 
 def an_encoder(name="vit"):
@@ -65,9 +67,9 @@ def a_tokenizer(name="dvae"):
     return module.build(cfg)
 
 
-def an_objective(name):
+def an_objective(name, encoder="vit"):
     module, cfg = tiny_config("mim.objectives", name)
-    return module.build(a_tokenizer() if name == "tokenize" else an_encoder(), cfg)
+    return module.build(a_tokenizer() if name == "tokenize" else an_encoder(encoder), cfg)
 
 
 def a_batch(grid=(4, 4), num_codes=16):
@@ -236,6 +238,45 @@ def test_the_last_layer_with_the_norm_is_the_output(encoder):
     assert torch.equal(encoder.final_norm(raw.patches), last.patches)
 
 
+def test_more_blocks_go_on_from_raw_features_and_are_trained(encoder):
+    images, grid = a_batch()["images"], encoder.grid(SIZE)
+    if isinstance(encoder, dense.Dense):
+        pytest.skip("it refuses")
+    more = encoder.more_blocks(2, encoder.depth - 1)
+    (raw,) = encoder.layers(images, [-2])
+    found = more(raw, grid)
+    assert found.patches.shape == raw.patches.shape
+    assert found.prefix.shape == raw.prefix.shape
+    found.patches.square().sum().backward()
+    owned = dict(more.named_parameters())
+    assert owned
+    assert not [name for name, p in owned.items() if p.grad is None or not p.grad.any()]
+    assert not {p.data_ptr() for p in owned.values()} & {p.data_ptr() for p in encoder.parameters()}
+
+
+def test_an_encoder_says_how_many_channels_it_takes(encoder):
+    assert encoder.channels == encoder.normalize(a_batch()["images"]).shape[1]
+
+
+@pytest.mark.parametrize("name", KNOWN["mim.encoders"])
+def test_an_objective_trains_an_encoder_of_any_kind_or_refuses_it(name):
+    served, refusals = [], []
+    for objective in set(OBJECTIVES) - {"tokenize"}:
+        try:
+            wrapped = an_objective(objective, name).train()
+        except ValueError as error:
+            refusals.append(str(error))
+            continue
+        served.append(objective)
+        loss = wrapped(a_batch(wrapped.encoder.grid(SIZE)), torch.tensor(0.5))["loss"]
+        assert loss.isfinite().all(), objective
+        loss.sum().backward()
+        reached = [p.grad is not None and p.grad.any() for p in wrapped.encoder.parameters() if p.requires_grad]
+        assert sum(reached) > len(reached) / 2, objective
+    assert served
+    assert all("encoder" in refusal for refusal in refusals)
+
+
 def test_every_parameter_has_a_depth_and_every_depth_a_parameter(encoder):
     depths = {encoder.depth_of(name) for name, _ in encoder.named_parameters()}
     assert depths == set(range(encoder.depth + 2))
@@ -362,7 +403,11 @@ def test_a_view_renders_every_size_in_uint8_as_a_function_of_its_generator(name)
     image = torch.randint(256, (3, 40, 50), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     sizes = [(32, 32), (16, 24)]
     first, again = (view(image, np.random.default_rng(3), sizes) for _ in range(2))
-    assert [tuple(v.shape) for v in first] == [(3, 32, 32), (3, 16, 24)]
+    if isinstance(first, dict):  # crops (V, C, h, w) by their field
+        assert first["images"].shape[1:] == (3, 32, 32)
+        first, again = list(first.values()), list(again.values())
+    else:
+        assert [tuple(v.shape) for v in first] == [(3, 32, 32), (3, 16, 24)]
     assert all(v.dtype == torch.uint8 for v in first)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 

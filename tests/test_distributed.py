@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from mim import checkpoint
 from tests import damage
 from tests.test_train import dataset, lines, recipe, run, tensors  # noqa: F401  (dataset is a fixture)
 
@@ -71,3 +72,22 @@ def test_bad_samples_that_any_process_meets_are_in_the_journal_and_the_stream_is
     one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
     assert [entry["fingerprint"] for entry in two] == [entry["fingerprint"] for entry in one]
     assert two[-1]["num_bad"] == 3
+
+
+def test_a_budget_stops_all_processes_at_one_saved_step_and_a_larger_one_goes_on(dataset, tmp_path):  # noqa: F811
+    """Budget 0 stops at the first bad sample that any process meets; the other one stops with it."""
+    shutil.copytree(dataset, tmp_path / "damaged")
+    damage.spoil_images(tmp_path / "damaged", [2, 9, 17])
+    path = recipe(tmp_path / "damaged", tmp_path, encoder__drop_path_rate=0.0)
+    run(path, tmp_path / "one")
+    refused = torchrun(path, tmp_path / "two", "data.bad_budget=0")
+    assert refused.returncode != 0
+    assert refused.stderr.count("more than the 0 that data.bad_budget=0 accepts") >= 2, refused.stderr  # both say so
+    status = json.loads((tmp_path / "two/status.json").read_text())
+    saved = checkpoint.list_checkpoints(tmp_path / "two")
+    assert (status["state"], status["step"]) == ("failed", checkpoint.step_of(saved[-1]))
+    run(path, tmp_path / "two", "data.bad_budget=0.5")
+    one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
+    assert [entry["fingerprint"] for entry in two] == [entry["fingerprint"] for entry in one]
+    assert [entry["loss"] for entry in two] == pytest.approx([entry["loss"] for entry in one], abs=1e-5)
+    assert (tmp_path / "two/journal.jsonl").read_text() == (tmp_path / "one/journal.jsonl").read_text()

@@ -1,7 +1,6 @@
 """Tars made to do harm, through every tool that reads one: refused or harmless, in bounded memory, touching nothing."""
 
 import gzip
-import io
 import json
 import multiprocessing
 import os
@@ -10,16 +9,17 @@ import tarfile
 import tracemalloc
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
+from benchmarks.reliability.fixtures import write_many
 from mim.contracts import DataError
-from mim.data.index import Options, Task, index, index_shard
+from mim.data.index import index
+from mim.data.index_tar import Options, Task, index_shard
 from mim.data.make import make
 from mim.data.reshard import reshard
 from mim.data.shards import LOCK, Dataset, read_lock
 from mim.data.verify import check_shard, verify
+from tests import tiny
 
 BLOCK = 512
 MEBI = 1 << 20
@@ -29,9 +29,7 @@ FORBIDDEN = {"subprocess.Popen", "os.system", "os.exec", "socket.connect"}
 
 
 def picture(i=0):
-    buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
+    return tiny.picture(i, (8, 8), "PNG")
 
 
 def header(name, size=0, kind=b"0", link=b"", number=None):
@@ -265,24 +263,8 @@ def test_a_label_far_from_its_image_is_left_out_without_being_held(place):
     assert "bytes apart" in facts["left_out"][0]["reason"]
 
 
-def write_many(path, count):
-    """A tar of `count` empty images with names of their own."""
-    template = np.frombuffer(header(b"0000000.png"), np.uint8)
-    with path.open("wb") as file:
-        for start in range(0, count, 10_000):
-            numbers = np.arange(start, min(start + 10_000, count))
-            digits = (numbers[:, None] // 10 ** np.arange(6, -1, -1) % 10).astype(np.uint8)
-            blocks = np.tile(template, (len(numbers), 1))
-            blocks[:, :7] += digits
-            total = 8 * 32 + blocks.astype(np.int64).sum(1) - blocks[:, 148:156].astype(np.int64).sum(1)
-            octal = total[:, None] // 8 ** np.arange(5, -1, -1) % 8 + ord("0")
-            blocks[:, 148:154] = octal
-            file.write(blocks.tobytes())
-        file.write(END)
-
-
 def test_the_memory_of_a_scan_is_bounded_by_the_number_of_members(tmp_path):
-    write_many(tmp_path / "x.tar", 30_000)
+    write_many(tmp_path / "x.tar", 30_000, ending="png")
     with tarfile.open(tmp_path / "x.tar") as archive:
         assert archive.next().name == "0000000.png"
     tracemalloc.start()
@@ -308,7 +290,7 @@ def memory_of(path, queue):
 @pytest.mark.slow
 def test_a_million_empty_members_take_less_than_256_mebibytes(tmp_path):
     for count, refused in ((10**6, False), ((1 << 20) + 1, True)):
-        write_many(tmp_path / "x.tar", count)
+        write_many(tmp_path / "x.tar", count, ending="png")
         queue = multiprocessing.get_context("fork").Queue()
         process = multiprocessing.get_context("fork").Process(target=memory_of, args=(tmp_path / "x.tar", queue))
         process.start()

@@ -3,39 +3,33 @@
 import io
 import json
 import os
+import subprocess
 import tarfile
 
 import numpy as np
 import pytest
 import webdataset
+from fault_server import Fault, FaultServer
 from PIL import Image
 
 from mim import config, train
 from mim.config import ConfigError
 from mim.contracts import DataError
-from mim.data.index import Options, Task, index, index_shard
+from mim.data import tar
+from mim.data.index import index
+from mim.data.index_tar import FINISHED, Options, Task, index_shard
 from mim.data.join import join
 from mim.data.parts import Part
 from mim.data.shards import LOCK, Dataset, inspect, read_lock
 from mim.data.store import Store
 from mim.data.verify import verify
+from tests import tiny
+from tests.killed import kill_when
+from tests.tiny import write_tar
 
 
-def picture(i, kind="JPEG"):
-    pixels = np.random.default_rng(i).integers(0, 256, (8, 10, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def write_tar(path, members, format=tarfile.PAX_FORMAT):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=format) as archive:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return path
+def picture(i):
+    return tiny.picture(i, (8, 10))
 
 
 def samples(first, count, **more):
@@ -315,3 +309,139 @@ def test_parts_join_to_the_same_lock(tars, tmp_path, headers_only):
     assert join(tmp_path / "out").joined == "nothing"
     files = {f.name: f.read_bytes() for f in (tmp_path / "whole").iterdir()}
     assert files == {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()}
+
+
+# ---- kills ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("more", [[], ["--headers-only"]])
+def test_a_killed_index_goes_on_without_reading_finished_tars_again(tars, tmp_path, monkeypatch, more):
+    monkeypatch.setattr("mim.data.index._measured", lambda *_: {"mean": [0.5] * 3, "std": [0.5] * 3})  # reads images
+    bodies = [file.read_bytes() for file in sorted(tars.iterdir())]
+    out, options = tmp_path / "out", {"workers": 1, "headers_only": bool(more)}
+    with FaultServer() as server:
+        urls = [server.put(f"/part-{i}.tar", body) for i, body in enumerate(bodies)]
+        index(urls, tmp_path / "whole", **options)
+        server.put("/part-2.tar", bodies[2], then=Fault("silent", silent=True))
+
+        def reached():
+            return len(list((out / FINISHED).glob("*.json"))) == 2 and server.fired["/part-2.tar"]
+
+        kill_when(reached, "shards", "index", *urls, out, "--workers", 1, *more)
+        assert not (out / LOCK).exists()
+        for file in out.glob("*.npy"):  # none is half
+            assert file.read_bytes() == (tmp_path / "whole" / file.name).read_bytes()
+        server.put("/part-2.tar", bodies[2])
+        before = dict(server.sent)
+        report = index(urls, out, **options)
+        again = [server.sent[f"/part-{i}.tar"] - before[f"/part-{i}.tar"] for i in range(3)]
+    assert again[:2] == [1, 1]  # the byte that comes with size and ETag
+    assert again[2] > 1000
+    assert (report.num_kept, report.num_stale, report.num_samples) == (2, 0, 15)
+    files = {f.name: f.read_bytes() for f in (tmp_path / "whole").iterdir()}
+    assert files == {f.name: f.read_bytes() for f in out.iterdir()}
+
+
+def stopped(tars, out, **options):
+    """Index until the third tar, which is damaged, and mend that."""
+    whole = (tars / "part-2.tar").read_bytes()
+    (tars / "part-2.tar").write_bytes(whole[:3000])
+    with pytest.raises(DataError, match="truncated"):
+        index([str(tars)], out, workers=1, **options)
+    (tars / "part-2.tar").write_bytes(whole)
+
+
+def same_as_anew(tars, out, **options):
+    index([str(tars)], out.with_name("anew"), workers=1, **options)
+    return {f.name: f.read_bytes() for f in out.iterdir()} == {
+        f.name: f.read_bytes() for f in out.with_name("anew").iterdir()
+    }
+
+
+def test_a_tar_that_changed_since_the_stop_is_indexed_anew(tars, tmp_path):
+    stopped(tars, tmp_path / "out")
+    write_tar(tars / "part-1.tar", samples(50, 5))
+    report = index([str(tars)], tmp_path / "out", workers=1)
+    assert (report.num_kept, report.num_stale) == (1, 1)
+    assert "1 of the shards were indexed before a stop, and were kept" in report.text()
+    assert "1 of the shards were indexed anew" in report.text()
+    assert same_as_anew(tars, tmp_path / "out")
+
+
+def test_what_was_indexed_with_other_options_is_indexed_anew(tars, tmp_path):
+    stopped(tars, tmp_path / "out")
+    report = index([str(tars)], tmp_path / "out", labels="cls", workers=1)
+    assert (report.num_kept, report.num_stale) == (0, 2)
+    assert same_as_anew(tars, tmp_path / "out", labels="cls")
+
+
+def test_what_is_not_as_it_was_left_is_indexed_anew(tars, tmp_path):
+    stopped(tars, tmp_path / "out")
+    rows = np.load(tmp_path / "out/part-0.npy")
+    rows["image"]["offset"][0] += 1
+    np.save(tmp_path / "out/part-0.npy", rows)
+    (tmp_path / "out" / FINISHED / "part-1.json").write_text('{"what": ')
+    assert index([str(tars)], tmp_path / "out", workers=1).num_kept == 0
+    assert same_as_anew(tars, tmp_path / "out")
+
+
+def test_tars_that_come_in_between_cost_only_their_own_time(tars, tmp_path):
+    stopped(tars, tmp_path / "out")
+    write_tar(tars / "part-0a.tar", samples(50, 5))
+    assert index([str(tars)], tmp_path / "out", workers=1).num_kept == 2
+    assert same_as_anew(tars, tmp_path / "out")
+
+
+def test_a_remote_tar_is_kept_only_while_its_etag_says_so(tars, tmp_path):
+    bodies = [file.read_bytes() for file in sorted(tars.iterdir())]
+    with FaultServer() as server:
+        urls = [server.put(f"/part-{i}.tar", bodies[i], etag=None if i == 1 else '"1"') for i in range(2)]
+        missing = server.put("/part-2.tar", bodies[2][:3000])
+        with pytest.raises(DataError):
+            index([*urls, missing], tmp_path / "out", workers=1)
+        assert index([*urls, server.put("/part-2.tar", bodies[2])], tmp_path / "out", workers=1).num_kept == 1
+        with pytest.raises(DataError):
+            index([*urls, server.put("/part-2.tar", bodies[2][:3000])], tmp_path / "other", workers=1)
+        server.put("/part-0.tar", bodies[0], etag='"2"')
+        server.put("/part-2.tar", bodies[2])
+        assert index([*urls, missing], tmp_path / "other", workers=1).num_stale == 2
+
+
+# ---- ends ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("zeros", "told"), [(0, False), (tar.RECORD, False), (tar.RECORD + tar.BLOCK, True)])
+@pytest.mark.parametrize("headers_only", [False, True])
+def test_more_zeros_than_tar_writers_leave_are_told(tmp_path, headers_only, zeros, told):
+    path = write_tar(tmp_path / "x.tar", samples(0, 3))
+    with tarfile.open(path) as archive:
+        archive.getmembers()
+        end = archive.offset + 2 * tar.BLOCK
+    path.write_bytes(path.read_bytes()[:end].ljust(end + zeros, b"\0"))
+    report = index([str(path)], tmp_path / "out", headers_only=headers_only, workers=1)
+    assert report.num_samples == 3
+    assert report.padding == verify(tmp_path / "out", workers=1).padding == ({"x.tar": zeros} if told else {})
+    assert (f"{zeros} zero bytes follow the end of x.tar, more than the 10240" in report.text()) == told
+    [shard] = read_lock(tmp_path / "out")["shards"]
+    assert shard.get("padding", 0) == (zeros if told else 0)
+
+
+def test_a_lost_tail_that_reads_as_zeros_is_told_by_index_and_verify(tmp_path):
+    path = write_tar(tmp_path / "x.tar", samples(0, 40))
+    whole = path.read_bytes()
+    with tarfile.open(path) as archive:
+        cut = archive.getmembers()[15].offset
+    path.write_bytes(whole[:cut].ljust(len(whole), b"\0"))
+    report = index([str(path)], tmp_path / "out", workers=1)
+    assert report.num_samples == 5  # of 40
+    assert report.padding == {"x.tar": len(whole) - cut - 2 * tar.BLOCK}
+    found = verify(tmp_path / "out", workers=1)
+    assert found.clean
+    assert f"warning: {len(whole) - cut - 1024} zero bytes follow the end of x.tar" in found.text()
+
+
+def test_what_gnu_tar_writes_is_no_long_end(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(picture(0))
+    subprocess.run(["tar", "-C", tmp_path, "-cf", tmp_path / "x.tar", "a.jpg"], check=True)
+    assert (tmp_path / "x.tar").stat().st_size == tar.RECORD
+    assert index([str(tmp_path / "x.tar")], tmp_path / "out", workers=1).padding == {}

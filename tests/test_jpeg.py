@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 
 from mim.data import decode as decoding
 from mim.data import jpeg
@@ -30,8 +30,12 @@ def encoded(image=NOISE, **options):
     return buffer.getvalue()
 
 
+def open_pillow(data):
+    return Image.open(io.BytesIO(data))
+
+
 def pillow(data):
-    with Image.open(io.BytesIO(data)) as image:
+    with open_pillow(data) as image:
         return np.asarray(image).reshape(image.height, image.width, -1)
 
 
@@ -118,11 +122,28 @@ def test_what_is_unusual_is_left_to_pillow():
 
 
 @pytest.mark.parametrize("value", [1, 6, 0, 9])
-def test_the_orientation_is_that_of_exif(value):
+def test_the_orientation_is_that_of_exif_and_unknown_ones_turn_nothing(value):
     exif = Image.Exif()
     exif[0x0112] = value
-    found = jpeg.parse(encoded(exif=exif))
-    assert found is None if value not in range(1, 9) else found.orientation == value
+    data = encoded(exif=exif)
+    assert jpeg.parse(data).orientation == (value if value in range(1, 9) else 1)
+    assert (decode(data).permute(1, 2, 0).numpy() == np.asarray(ImageOps.exif_transpose(open_pillow(data)))).all()
+
+
+def test_an_orientation_in_xmp_is_left_to_pillow_unless_exif_has_one():
+    xmp = b'<x tiff:Orientation="6"/>'
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    assert jpeg.parse(encoded(xmp=b"<x/>")).orientation == 1
+    assert jpeg.parse(encoded(xmp=xmp)) is None
+    assert (
+        jpeg.parse(encoded(xmp=xmp, exif=exif)).orientation
+        == 3
+        == open_pillow(encoded(xmp=xmp, exif=exif)).getexif()[0x0112]
+    )
+    two = encoded(exif=exif)
+    two = two[:2] + two[2 : two.index(b"\xff\xdb")] + two[2:]
+    assert jpeg.parse(two) is None  # Pillow joins the blocks
 
 
 def verdict(data):

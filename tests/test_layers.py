@@ -7,23 +7,27 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LEVELS = [
-    {"tokenizer", "mim.patches", "mim.masking", "mim.schedules", "mim.initialization"},
-    {"mim.contracts", "mim.config", "mim.log"},
+    {"tokenizer", "mim.patches", "mim.masking", "mim.schedules", "mim.initialization", "mim.code_loss"},
+    {"mim.contracts", "mim.config", "mim.log", "mim.backbone", "mim.survey"},
     {"mim.data", "mim.encoders", "mim.optim"},
-    {"mim.objectives"},
+    {"mim.objectives", "mim.ranks"},
     {"mim.checkpoint"},
+    {"mim.layouts", "mim.resample"},
+    {"mim.weight_files"},
+    {"mim.weights"},
     {"mim.build"},
-    {"mim.features"},
+    {"mim.features", "mim.experiment", "mim.footprint"},
     {"mim.codes"},
     {"mim.evals", "mim.exports", "mim.report"},
     {"mim.train"},
-    {"mim.demo", "mim.shard_commands"},
+    {"mim.demo", "mim.plan", "mim.shard_commands"},
     {"mim.__main__"},
 ]
 SIBLINGS_MAY_MEET = {"tokenizer", "mim.data", "mim.report"}  # elsewhere a file knows nothing of the one beside it
 FORBIDDEN_NAMES = {"utils", "common", "helper", "helpers", "manager", "base", "core", "misc"}
 FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
 FORBIDDEN_CALLS = {"torch.load", "os.system", "os.popen", "eval", "exec"}
+READS_PICKLES = "mim.weight_files"  # alone, and only with weights_only=True
 
 
 def name_of(file: Path) -> str:
@@ -97,8 +101,10 @@ def test_nothing_that_is_read_is_executed(module):
     assert not FORBIDDEN_IMPORTS & {name.split(".")[0] for name in imports(module)}
     for node in ast.walk(TREES[module]):
         if isinstance(node, ast.Call):
-            assert ast.unparse(node.func) not in FORBIDDEN_CALLS, ast.unparse(node)
+            call = ast.unparse(node.func)
+            allowed = call == "torch.load" and module == READS_PICKLES
+            assert call not in FORBIDDEN_CALLS or allowed, ast.unparse(node)
             options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
             assert options.get("shell") in (None, "False"), ast.unparse(node)
             assert options.get("allow_pickle") in (None, "False"), ast.unparse(node)
-            assert options.get("weights_only") in (None, "True"), ast.unparse(node)
+            assert options.get("weights_only") in (("True",) if allowed else (None, "True")), ast.unparse(node)

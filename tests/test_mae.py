@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from peers import distance, gradients, renamed, shake
 
+from mim.build import IMAGENET_MEAN, IMAGENET_STD
 from mim.encoders import vit
 from mim.objectives import mae
 from mim.patches import gather, mask_to_ids, patchify, sincos_positions, unpatchify
@@ -21,10 +23,11 @@ def an_objective(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), **changes):
 
 def a_batch(rows=3, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.rand(rows, N, generator=generator)
-    mask = torch.ones(rows, N, dtype=torch.bool).scatter_(1, noise.argsort(dim=1)[:, : N - MASKED], False)
+    random = torch.rand(rows, N, generator=generator)  # from which the published program draws its mask
+    mask = torch.ones(rows, N, dtype=torch.bool).scatter_(1, random.argsort(dim=1)[:, : N - MASKED], False)
     images = torch.rand(rows, 3, *SIZE, generator=generator)
-    return {"images": images, "mask": mask, "num_masked": MASKED, "noise": noise}
+    noise = torch.randint(2**62, (rows,), generator=generator)
+    return {"images": images, "mask": mask, "num_masked": MASKED, "noise": noise, "random": random}
 
 
 def repainted(images, which):
@@ -52,70 +55,54 @@ def peer(request):
     theirs.vit.embeddings.patch_embeddings.projection._is_hf_initialized = False
     theirs.vit.embeddings.initialize_weights()
     theirs.decoder.initialize_weights(N)
-    for parameter in theirs.parameters():  # biases and tokens start at zero: make each count
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.2)
-    ours = an_objective(norm_pix_loss=request.param)
-    found = renamed(theirs.state_dict())
+    shake(theirs)
+    ours = an_objective(mean=IMAGENET_MEAN, std=IMAGENET_STD, norm_pix_loss=request.param)
+    found = ours_of(theirs.state_dict())
     missing = ours.state_dict().keys() - found.keys()
     assert missing == {"encoder.vit.pos_embed"}  # fixed: must be equal already
     ours.load_state_dict(found, strict=False)
     return ours, theirs
 
 
-def renamed(state):
-    """transformers' weights under our names, with query, key and value as one matrix."""
+def ours_of(state):
+    """The published program's tensors under our names, without the fixed positions."""
+    state = {name: value for name, value in state.items() if "position" not in name and "pos_embed" not in name}
     renames = [
-        ("vit.embeddings.cls_token", "encoder.vit.cls_token"),
-        ("vit.embeddings.patch_embeddings.projection", "encoder.vit.patch_embed.proj"),
+        ("vit.embeddings.", "encoder.vit.embeddings."),
         ("vit.layers", "encoder.vit.blocks"),
         ("vit.layernorm.", "encoder.vit.norm."),
         ("decoder.decoder_layers", "decoder_blocks"),
         ("decoder.", ""),
-        ("layernorm_before", "norm1"),
-        ("layernorm_after", "norm2"),
-        ("attention.o_proj", "attn.proj"),
-        ("attention.q_proj", "attn.qkv"),
     ]
-    found = {}
-    for name, value in state.items():
-        if any(part in name for part in ("position", "pos_embed", "k_proj", "v_proj")):
-            continue
-        if "q_proj" in name:
-            value = torch.cat([state[name.replace("q_proj", f"{part}_proj")] for part in "qkv"])
-        for old, new in renames:
-            name = name.replace(old, new)
-        found[name] = value
-    return found
+    return renamed(state, renames)
 
 
 def test_the_loss_is_that_of_the_published_program(peer):
     ours, theirs = peer
     for seed in range(3):
         batch = a_batch(rows=1, seed=seed)
-        reference = theirs(batch["images"], noise=batch["noise"])
+        reference = theirs(ours.encoder.normalize(batch["images"]), noise=batch["random"])
         assert torch.equal(reference.mask.bool(), batch["mask"])
         (loss,) = ours(batch, PROGRESS)["loss"]
-        assert loss.item() == pytest.approx(reference.loss.item(), abs=1e-5, rel=1e-5)
+        assert loss.item() == pytest.approx(reference.loss.item(), rel=1e-5)
 
 
 def test_the_loss_of_a_batch_is_the_mean_of_its_rows(peer):
     ours, theirs = peer
     batch = a_batch(rows=5)
-    reference = theirs(batch["images"], noise=batch["noise"]).loss
-    assert ours(batch, PROGRESS)["loss"].mean().item() == pytest.approx(reference.item(), abs=1e-5, rel=1e-5)
+    reference = theirs(ours.encoder.normalize(batch["images"]), noise=batch["random"]).loss
+    assert ours(batch, PROGRESS)["loss"].mean().item() == pytest.approx(reference.item(), rel=1e-5)
 
 
 def test_gradients_are_those_of_the_published_program(peer):
     ours, theirs = peer
     batch = a_batch(rows=5)
-    theirs(batch["images"], noise=batch["noise"]).loss.backward()
+    theirs(ours.encoder.normalize(batch["images"]), noise=batch["random"]).loss.backward()
     ours(batch, PROGRESS)["loss"].mean().backward()
-    reference = renamed({name: p.grad for name, p in theirs.named_parameters()})
-    mine = {name: p.grad for name, p in ours.named_parameters() if p.requires_grad}
+    reference, mine = ours_of(gradients(theirs)), gradients(ours)
     assert mine.keys() == reference.keys()
     for name, gradient in mine.items():
-        assert torch.allclose(gradient, reference[name], rtol=1e-3, atol=1e-5), name
+        assert distance(gradient, reference[name]) < 1e-5, name
 
 
 def test_positions_of_encoder_and_decoder_are_the_published_ones(peer):
@@ -150,9 +137,10 @@ def test_the_prediction_does_not_see_the_masked_pixels():
 
 def test_the_loss_is_the_mean_squared_error_of_the_masked_patches():
     objective, batch = an_objective(norm_pix_loss=False), a_batch()
-    ids_keep, _, ids_restore = mask_to_ids(batch["mask"], MASKED)
-    tokens = objective.decode(objective.encoder(batch["images"], ids_keep=ids_keep), ids_restore, (4, 4))
-    error = (objective.decoder_pred(tokens) - patchify(batch["images"], 8)).square().mean(dim=2)  # (B, N)
+    ids_keep, ids_mask, ids_restore = mask_to_ids(batch["mask"], MASKED)
+    tokens = objective.decode(objective.encoder(batch["images"], ids_keep=ids_keep), ids_keep, ids_mask, (4, 4))
+    pred = gather(objective.decoder_pred(tokens), ids_restore)  # (B, N, P)
+    error = (pred - patchify(batch["images"], 8)).square().mean(dim=2)  # (B, N)
     expected = (error * batch["mask"]).sum(dim=1) / MASKED
     assert torch.allclose(objective(batch, PROGRESS)["loss"], expected, atol=1e-6)
 
@@ -185,16 +173,66 @@ def test_targets_are_the_pixels_as_the_encoder_normalises_them():
     assert torch.equal(objective.target(images)[0], patchify(objective.encoder.normalize(images), 8))
 
 
-def test_decoder_tokens_come_back_in_grid_order():
-    """With the decoder reduced to nothing, each visible token stands at its place and the mask token elsewhere."""
+def test_decoder_tokens_are_the_visible_ones_then_the_masked_ones_each_at_its_position():
+    """With the decoder reduced to nothing: the features of visible patches, then the mask token."""
     objective, batch = an_objective(), a_batch()
     objective.decoder_blocks = torch.nn.ModuleList()
     objective.decoder_norm = torch.nn.Identity()
-    ids_keep, ids_mask, ids_restore = mask_to_ids(batch["mask"], MASKED)
+    ids_keep, ids_mask, _ = mask_to_ids(batch["mask"], MASKED)
     features = objective.encoder(batch["images"], ids_keep=ids_keep)
-    tokens = objective.decode(features, ids_restore, (4, 4)) - sincos_positions((4, 4), 24)
-    assert torch.allclose(gather(tokens, ids_keep), objective.decoder_embed(features.patches), atol=1e-6)
-    assert torch.allclose(gather(tokens, ids_mask), objective.mask_token.expand(3, MASKED, 24), atol=1e-6)
+    tokens = objective.decode(features, ids_keep, ids_mask, (4, 4))
+    tokens = tokens - sincos_positions((4, 4), 24)[torch.cat([ids_keep, ids_mask], dim=1)]
+    assert torch.allclose(tokens[:, : N - MASKED], objective.decoder_embed(features.patches), atol=1e-6)
+    assert torch.allclose(tokens[:, N - MASKED :], objective.mask_token.expand(3, MASKED, 24), atol=1e-6)
+
+
+# ---- partial decoding ----------------------------------------------------------------------------
+
+
+def test_a_share_of_the_masked_patches_is_decoded_and_compared_and_no_other(monkeypatch):
+    objective, batch = an_objective(norm_pix_loss=False, decode_ratio=0.25), a_batch()
+    seen = []
+    monkeypatch.setattr(objective.decoder_pred, "forward", lambda tokens: seen.append(tokens.shape) or torch.zeros(1))
+    _, ids_mask, _ = mask_to_ids(batch["mask"], MASKED)
+    chosen = objective.choose(ids_mask, batch["noise"])
+    assert chosen.shape == (3, 3)
+    error = gather(patchify(batch["images"], 8), chosen).square().mean(dim=(1, 2))  # of a prediction of zeros
+    assert torch.allclose(objective(batch, PROGRESS)["loss"], error, atol=1e-6)
+    assert seen == [(3, 3, 24)]
+
+
+def test_the_decoded_patches_are_masked_ones_drawn_for_each_sample_by_its_noise():
+    objective, batch = an_objective(decode_ratio=0.5), a_batch(rows=64)
+    _, ids_mask, _ = mask_to_ids(batch["mask"], MASKED)
+    chosen = objective.choose(ids_mask, batch["noise"])  # (64, 6)
+    assert batch["mask"].gather(1, chosen).all()
+    assert (chosen.diff(dim=1) > 0).all()  # ascending, so no patch comes twice
+    assert torch.equal(objective.choose(ids_mask[5:9], batch["noise"][5:9]), chosen[5:9])
+    other = objective.choose(ids_mask, batch["noise"] + 1)
+    assert (other != chosen).any(dim=1).sum() > 60
+    share = torch.zeros(64, N).scatter_(1, chosen, 1.0).sum(dim=0) / batch["mask"].sum(dim=0)
+    assert (share - 0.5).abs().max() < 0.2  # every masked patch has its turn
+
+
+def test_the_whole_of_the_masked_patches_needs_no_noise_and_at_least_one_is_decoded():
+    batch = a_batch()
+    assert an_objective().reads == ("images", "mask")
+    few = an_objective(decode_ratio=0.01)
+    assert few.reads == ("images", "mask", "noise")
+    assert few.choose(mask_to_ids(batch["mask"], MASKED)[1], batch["noise"]).shape == (3, 1)
+
+
+def test_partial_decoding_does_not_change_what_is_reconstructed():
+    batch = a_batch()
+    whole, part = an_objective(), an_objective(decode_ratio=0.25)
+    assert torch.equal(part.reconstruct(batch, {}), whole.reconstruct(batch, {}))
+    assert (part(batch, PROGRESS)["loss"] != whole(batch, PROGRESS)["loss"]).all()
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.5])
+def test_a_share_that_is_none_is_refused(ratio):
+    with pytest.raises(ValueError, match=rf"objective\.decode_ratio={ratio} must be above 0 and at most 1"):
+        an_objective(decode_ratio=ratio)
 
 
 # ---- reconstruction ------------------------------------------------------------------------------
@@ -204,7 +242,8 @@ def test_decoder_tokens_come_back_in_grid_order():
 def test_a_perfect_prediction_reconstructs_the_image(normalised, monkeypatch):
     objective = an_objective(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), norm_pix_loss=normalised)
     batch = a_batch()
-    target, _, _ = objective.target(batch["images"])
+    ids_keep, ids_mask, _ = mask_to_ids(batch["mask"], MASKED)
+    target = gather(objective.target(batch["images"])[0], torch.cat([ids_keep, ids_mask], dim=1))
     monkeypatch.setattr(objective.decoder_pred, "forward", lambda tokens: target)
     assert torch.allclose(objective.reconstruct(batch, {}), batch["images"], atol=1e-5)
 

@@ -18,14 +18,8 @@ from mim.contracts import DataError
 from mim.data.join import join
 from mim.data.make import make
 from mim.data.parts import Part, parse_part
-from mim.data.shards import Dataset, is_dataset, read_lock
-
-
-def picture(i, size=(20, 30), kind="JPEG"):
-    pixels = np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind)
-    return buffer.getvalue()
+from mim.data.shards import LOCK, Dataset, is_dataset, read_lock
+from tests.tiny import picture, write_tar
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +142,16 @@ def test_what_is_no_part_is_refused(text):
         parse_part(text)
 
 
+@pytest.mark.parametrize("source", ["first", "first/train"])
+def test_a_dataset_of_ours_is_a_source_like_any_tars(folder, tmp_path, source):
+    """Its indices are arrays, and arrays are images elsewhere."""
+    make(folder, tmp_path / "first", labels_from_folders=True, val_ratio=0.25, shard_size=9, workers=1)
+    make(tmp_path / source, tmp_path / "out", labels="cls", workers=1)
+    expected = [sample for root in sorted((tmp_path / source).rglob(LOCK)) for sample in images(root.parent)]
+    found = images(tmp_path / "out")
+    assert sorted((bytes(s.image), s.label) for s in found) == sorted((bytes(s.image), s.label) for s in expected)
+
+
 # ---- smaller images ------------------------------------------------------------------------------
 
 
@@ -259,15 +263,6 @@ def test_an_image_that_a_list_names_and_that_is_gone_is_left_out_by_name(folder,
 
 
 # ---- tars and saved datasets ---------------------------------------------------------------------
-
-
-def write_tar(path, members):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
 
 
 def test_tars_are_written_anew_with_their_labels(tmp_path):

@@ -1,10 +1,13 @@
 """Masks: exact counts on every grid, a function of the generator alone, and as blocky as they claim."""
 
+import math
+from random import Random
+
 import numpy as np
 import pytest
 
 from mim import masking
-from mim.masking import block, random
+from mim.masking import block, cells, random
 
 GRIDS = [(14, 14), (8, 12), (12, 5), (3, 3), (2, 2), (1, 6)]
 
@@ -41,7 +44,7 @@ def test_block_masks_exactly_an_asked_count(count):
     assert draws(block, (14, 14), 20, count=count).sum(axis=1).tolist() == [count] * 20
 
 
-@pytest.mark.parametrize("mask", [random, block])
+@pytest.mark.parametrize("mask", [random, block, cells])
 @pytest.mark.parametrize("grid", GRIDS)
 def test_a_mask_is_a_function_of_the_generator_alone(mask, grid):
     """Also where no rectangle fits and single patches fill the count."""
@@ -84,6 +87,128 @@ def test_one_block_is_a_full_rectangle_of_an_allowed_aspect_and_area():
         assert (height - 0.5) / (width + 0.5) < 2
 
 
+# ---- the published generator ---------------------------------------------------------------------
+
+
+def published_block(mask, rng, limit, min_patches=16):
+    """One block as BEiT's program draws it, from Python's generator; returns what it added, 0 after ten tries."""
+    h, w = mask.shape
+    for _ in range(10):
+        area = rng.uniform(min_patches, limit)
+        aspect = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
+        height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if height < h and width < w:
+            top, left = rng.randint(0, h - height), rng.randint(0, w - width)
+            region = mask[top : top + height, left : left + width]
+            added = region.size - int(region.sum())
+            if 0 < added <= limit:
+                region[:] = True
+                return added
+    return 0
+
+
+def kolmogorov_smirnov(a, b):
+    """Largest distance of two empirical distribution functions."""
+    points = np.union1d(a, b)
+    cumulative = [np.searchsorted(np.sort(x), points, side="right") / len(x) for x in (a, b)]
+    return float(np.abs(cumulative[0] - cumulative[1]).max())
+
+
+def rectangle(mask):
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return np.ptp(rows) + 1, np.ptp(columns) + 1
+
+
+BOUND = 1.95 * math.sqrt(2 / 2000)  # two samples of 2000 from one distribution exceed it once in a thousand times
+
+
+@pytest.mark.parametrize("limit", [75, 20])
+def test_area_aspect_and_place_of_a_block_are_distributed_as_published(limit):
+    """On an empty grid of 14 x 14, where the block can be read off."""
+    found = [[], []]
+    rng = Random(0)
+    for i in range(2000):
+        for blocks, add in (
+            (found[0], lambda mask: masking._add_block(mask, np.random.default_rng(i), limit, 16, 0.3)),  # noqa: B023
+            (found[1], lambda mask: published_block(mask, rng, limit)),
+        ):
+            mask = np.zeros((14, 14), dtype=bool)
+            assert add(mask) == mask.sum()
+            height, width = rectangle(mask)
+            blocks.append((height * width, height / width, mask.any(axis=1).argmax(), mask.any(axis=0).argmax()))
+    ours, theirs = (np.array(blocks).T for blocks in found)
+    for mine, reference in zip(ours, theirs, strict=True):
+        assert kolmogorov_smirnov(mine, reference) < BOUND
+
+
+@pytest.mark.parametrize("limit", [12, 4])
+def test_the_last_blocks_where_less_than_the_smallest_area_remains_are_distributed_as_published(limit):
+    added = [[], []]
+    rng = Random(0)
+    for i in range(2000):
+        start = np.zeros((14, 14), dtype=bool)
+        start[2 : 2 + i % 8, 3:10] = True
+        added[0].append(masking._add_block(start.copy(), np.random.default_rng(i), limit, 16, 0.3))
+        added[1].append(published_block(start.copy(), rng, limit))
+    assert kolmogorov_smirnov(*map(np.array, added)) < BOUND
+
+
+def test_whole_masks_hang_together_as_published_and_have_the_exact_count_that_those_only_approach():
+    rng, theirs = Random(0), []
+    for _ in range(2000):
+        mask, added = np.zeros((14, 14), dtype=bool), 1
+        while added and mask.sum() < 75:
+            added = published_block(mask, rng, 75 - int(mask.sum()))
+        theirs.append(mask)
+    ours = draws(block, (14, 14), 2000, count=75)
+    assert set(ours.sum(axis=1)) == {75}
+    counts = np.array([mask.sum() for mask in theirs])
+    assert counts.max() == 75
+    assert 0.5 < (counts == 75).mean() < 0.8  # v1 gives up early in a third of the masks
+    full = [neighbours(mask, (14, 14)) for mask in theirs if mask.sum() == 75]
+    alike = [neighbours(mask, (14, 14)) for mask in ours]
+    assert np.mean(alike) == pytest.approx(np.mean(full), rel=0.02)
+    coverage = [np.mean(masks, axis=0).reshape(14, 14) for masks in (ours, theirs)]
+    assert np.abs(coverage[0] - coverage[1]).max() < 0.06  # probability of each patch
+
+
+# ---- cells ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("grid", "cell", "ratio", "masked"),
+    [
+        ((14, 14), 2, 0.6, 30),  # ViT-B/16 at 224: 49 units of 32 pixels
+        ((6, 6), 1, 0.6, 22),  # Swin at 192: 36 units
+        ((48, 48), 8, 0.6, 22),  # the same on its patches of 4
+        ((4, 6), 2, 0.5, 3),
+        ((10, 10), 1, 0.55, 55),  # 0.55 * 100 is a little more than 55
+    ],
+)
+def test_cells_masks_whole_squares_and_rounds_their_number_up(grid, cell, ratio, masked):
+    h, w = grid
+    for row in draws(cells, grid, 20, ratio=ratio, cell=cell):
+        squares = row.reshape(h // cell, cell, w // cell, cell)
+        assert (squares.all(axis=(1, 3)) == squares.any(axis=(1, 3))).all()
+        assert squares.any(axis=(1, 3)).sum() == masked
+
+
+def test_every_cell_is_masked_as_often_as_any_other():
+    frequency = draws(cells, (14, 14), 1000, ratio=0.6, cell=2).mean(axis=0)
+    assert abs(frequency - 30 / 49).max() < 0.07
+
+
+@pytest.mark.parametrize("cell", [0, 3, 14])
+def test_a_cell_that_does_not_divide_the_grid_is_refused(cell):
+    with pytest.raises(ValueError, match=f"mask.cell={cell} does not divide the grid of 14x10 patches"):
+        cells((14, 10), np.random.default_rng(0), cell=cell)
+
+
+def test_a_ratio_that_leaves_no_cell_visible_is_refused():
+    with pytest.raises(ValueError, match=r"mask.ratio=0.9 masks all 4 cells of 7x7 patches; one must stay visible"):
+        cells((14, 14), np.random.default_rng(0), ratio=0.9, cell=7)
+
+
 def test_a_block_adds_no_more_than_remains():
     for i in range(100):
         mask = np.random.default_rng(1000 + i).random((8, 8)) < 0.5
@@ -94,7 +219,7 @@ def test_a_block_adds_no_more_than_remains():
         assert mask[before].all()
 
 
-@pytest.mark.parametrize("mask", [random, block])
+@pytest.mark.parametrize("mask", [random, block, cells])
 @pytest.mark.parametrize("ratio", [0.0, 1.0, -0.5, 75])
 def test_a_ratio_outside_zero_and_one_is_refused(mask, ratio):
     with pytest.raises(ValueError, match=f"mask.ratio={ratio} must lie between 0 and 1"):

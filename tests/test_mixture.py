@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mim import build, train
-from mim.config import ConfigError, to_yaml, typed
+from mim.config import ConfigError, typed
 from mim.data import stream
 from mim.data.augment import crop
 from mim.data.make import make
@@ -19,6 +19,7 @@ from mim.data.quarantine import Bad
 from mim.data.shards import Dataset
 from mim.data.stream import loader
 from tests import damage
+from tests.tiny import write_recipe
 
 SIZES = {"first": (23, 5), "second": (9, 4), "third": (14, 100)}  # images, images per shard
 WEIGHTS = [0.5, 0.3, 0.2]
@@ -289,20 +290,9 @@ def test_sources_may_be_folders_of_images_and_only_val_path_holds_out(folders, t
 
 @pytest.fixture
 def recipe(folders, tmp_path):
-    sections = {
-        "data": {"sources": [{"path": str(f), "weight": w} for f, w in zip(folders, WEIGHTS, strict=True)],
-                 "val_path": str(folders[1]), "image_size": 16, "view": {"name": "crop"}},
-        "mask": {"name": "random", "ratio": 0.75},
-        "encoder": {"name": "vit", "model": "vit_tiny_patch16_224", "width": 24, "depth": 1, "num_heads": 2,
-                    "patch_size": 4},
-        "objective": {"name": "mae", "decoder_width": 16, "decoder_depth": 1, "decoder_num_heads": 2},
-        "optim": {"batch_size": 6, "length": "3 epochs", "warmup": "2 steps", "lr": 3e-3},
-        "train": {"log_every": "4 steps", "save_every": "5 steps", "workers": 0, "cpu": True},
-        "evals": {"knn": {"every": "23 steps", "k": 3}},
-    }  # fmt: skip
-    path = tmp_path / "mae.yaml"
-    path.write_text(to_yaml(sections))
-    return str(path)
+    sources = [{"path": str(f), "weight": w} for f, w in zip(folders, WEIGHTS, strict=True)]
+    data = {"sources": sources, "val_path": str(folders[1])}
+    return write_recipe(tmp_path / "mae.yaml", data, "3 epochs", evals={"knn": {"every": "23 steps", "k": 3}})
 
 
 def logged(folder):

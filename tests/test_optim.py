@@ -55,6 +55,34 @@ def test_biases_norms_layer_scales_and_learned_tokens_are_not_decayed():
     assert not {name for name in decayed if name.endswith(("bias", "gamma")) or "norm" in name}
 
 
+PUBLISHED = {
+    "MAE": ([], {"cls_token", "reg_token", "mask_token"}, set()),
+    "BEiT": (["cls_token", "pos_embed"], {"mask_token", "reg_token"}, {"cls_token", "pos_embed"}),
+    "SimMIM with a Swin, as far as a ViT has it": (["mask_token"], {"cls_token", "pos_embed"}, {"mask_token"}),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_recipe_s_list_takes_the_place_of_the_encoder_s(name):
+    listed, decayed, kept = PUBLISHED[name]
+    groups = optim.parameter_groups(an_objective(), optim.Config(no_decay=listed))
+    found = {True: set(), False: set()}  # decayed: the last parts of names
+    for group in groups:
+        found[group["decayed"]] |= {name.split(".")[-1] for name in group["names"]}
+    assert decayed <= found[True] - found[False]
+    assert kept | {"bias"} <= found[False] - found[True]
+
+
+def test_a_list_names_parameters_by_whole_parts_at_the_end():
+    groups = optim.parameter_groups(an_objective(), optim.Config(no_decay=["attn.qkv.weight"]))
+    kept = {name for group in groups if not group["decayed"] for name in group["names"]}
+    assert {"encoder.vit.blocks.1.attn.qkv.weight", "decoder_blocks.0.attn.qkv.weight"} <= kept
+    assert "encoder.vit.blocks.1.attn.proj.weight" not in kept
+    for ending in ("okens", "ls_token", "mask_tokens"):
+        with pytest.raises(ConfigError, match=f"optim.no_decay names '{ending}', but the name of no parameter ends so"):
+            optim.parameter_groups(an_objective(), optim.Config(no_decay=[ending]))
+
+
 def test_layer_decay_scales_a_rate_by_the_distance_from_the_head():
     found = scales(optim.parameter_groups(an_objective(), optim.Config(layer_decay=0.5)))
     assert found["encoder.vit.patch_embed.proj.weight"] == found["encoder.vit.cls_token"] == 0.5**4
@@ -143,12 +171,54 @@ def test_weight_decay_is_constant_or_a_cosine_over_the_whole_run():
     assert rates(weight_decay=0.0, weight_decay_end=1.0, length="101 steps").at(50)[1] == pytest.approx(0.5)
 
 
+def test_the_rates_of_mae_at_given_steps():
+    """1.5e-4 for 256 images, a batch of 4096, 40 of 800 epochs of warm-up, half a cosine to 0."""
+    found = rates(1_281_167, lr=None, base_lr=1.5e-4, batch_size=4096, length="800 epochs", warmup="40 epochs")
+    assert (found.total_steps, found.warmup_steps) == (250_228, 12_512)
+    assert found.at(6_255)[0] == pytest.approx(1.2e-3)
+    assert found.at(12_511)[0] == found.at(12_512)[0] == pytest.approx(2.4e-3)
+    half = (12_512 + 250_227) // 2
+    assert found.at(half)[0] == pytest.approx(1.2e-3, rel=1e-4)
+    assert found.at(250_227)[0] == 0.0
+
+
+def test_the_rates_of_beit_at_given_steps():
+    """1.5e-3 for a batch of 2048, 10 of 800 epochs of warm-up, half a cosine to 1e-5."""
+    found = rates(1_281_167, lr=1.5e-3, min_lr=1e-5, batch_size=2048, length="800 epochs", warmup="10 epochs")
+    assert (found.total_steps, found.warmup_steps) == (500_456, 6_256)
+    assert found.at(6_255)[0] == pytest.approx(1.5e-3)
+    quarter = 6_256 + (500_455 - 6_256) // 4
+    assert found.at(quarter)[0] == pytest.approx(1e-5 + 1.49e-3 * (1 + 2**-0.5) / 2, rel=1e-4)
+    assert found.at(500_455)[0] == pytest.approx(1e-5)
+
+
+def test_the_rates_of_simmim_fall_to_a_tenth_after_700_of_800_epochs():
+    """1e-4 for 512 images at a batch of 2048, warm-up from 2e-6 over 10 epochs."""
+    options = {"batch_size": 2048, "length": "800 epochs", "warmup": "10 epochs", "warmup_lr": 2e-6, "lr": 4e-4}
+    found = rates(1_281_167, schedule="multistep", milestones=["700 epochs"], **options)
+    assert found.milestones == (437_899,)
+    assert found.at(0)[0] == pytest.approx(2e-6 + 3.98e-4 / 6_256)
+    assert found.at(6_255)[0] == found.at(437_898)[0] == pytest.approx(4e-4)
+    assert found.at(437_899)[0] == found.at(500_455)[0] == pytest.approx(4e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"base_lr": 1.0}, "optim.lr=1.0 and optim.base_lr=1.0: give exactly one"),
         ({"lr": None}, "optim.lr=None and optim.base_lr=None: give exactly one"),
-        ({"schedule": "cosin"}, "optim.schedule='cosin' is unknown; choose one of cosine, linear, constant"),
+        ({"schedule": "cosin"}, "optim.schedule='cosin' is unknown; choose one of cosine, linear, constant, multistep"),
+        (
+            {"schedule": "multistep"},
+            "multistep needs milestones, such as ['700 epochs'], and no other schedule has any",
+        ),
+        ({"milestones": ["5 epochs"]}, "optim.schedule=cosine and optim.milestones=['5 epochs']: multistep needs"),
+        ({"schedule": "multistep", "milestones": ["soon"]}, "optim.milestones='soon' is not a duration"),
+        (
+            {"schedule": "multistep", "milestones": ["1 epochs", "9 epochs"]},
+            "are the steps [10, 90]; they must lie between the end of the warm-up, 20, and that of the run, 100",
+        ),
+        ({"schedule": "multistep", "milestones": ["10 epochs"]}, "are the steps [100]; they must lie between"),
         ({"name": "sgd"}, "optim.name='sgd' is not offered; choose adamw"),
         ({"batch_size": 0}, "optim.batch_size=0 must be at least 1"),
         ({"length": "long"}, "optim.length='long' is not a duration"),

@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from mim.patches import gather, mask_to_ids, patchify, sincos_positions, unpatchify
+from mim.patches import (
+    blank,
+    gather,
+    grid_of,
+    ids_to_mask,
+    mask_to_ids,
+    patchify,
+    replace,
+    sincos_positions,
+    unpatchify,
+)
 
 
 def test_patches_are_row_major_and_each_runs_over_row_column_channel():
@@ -74,3 +84,32 @@ def test_positions_are_sines_then_cosines_of_falling_frequencies():
 def test_a_width_that_positions_cannot_fill_is_refused():
     with pytest.raises(ValueError, match="divides by 4, got 18"):
         sincos_positions((2, 2), 18)
+
+
+def test_a_grid_has_rows_first_and_must_divide():
+    assert grid_of((32, 48), 8) == (4, 6)
+    with pytest.raises(ValueError, match="image size 32x44 does not divide by the patch size 8"):
+        grid_of((32, 44), 8)
+
+
+def test_blank_patches_are_zero_and_the_others_stay():
+    images = torch.rand(2, 3, 8, 12) + 1
+    mask = torch.stack([torch.arange(6) % 2 == i for i in range(2)])
+    patches = patchify(blank(images, mask, (2, 3)), 4)
+    assert not patches[mask].any()
+    assert torch.equal(patches[~mask], patchify(images, 4)[~mask])
+
+
+def test_masked_tokens_are_replaced_in_a_row_or_on_a_grid():
+    tokens, token = torch.rand(2, 6, 4), torch.full((1, 1, 4), 7.0)
+    mask = torch.stack([torch.arange(6) % 2 == i for i in range(2)])
+    found = replace(tokens, mask, token)
+    assert (found[mask] == 7).all()
+    assert torch.equal(found[~mask], tokens[~mask])
+    assert torch.equal(replace(tokens.view(2, 2, 3, 4), mask, token).flatten(1, 2), found)
+
+
+def test_ids_to_mask_undoes_mask_to_ids():
+    mask = torch.stack([torch.randperm(12, generator=torch.Generator().manual_seed(i)) < 5 for i in range(3)])
+    ids_keep, _, _ = mask_to_ids(mask, 5)
+    assert torch.equal(ids_to_mask(ids_keep, 12), mask)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mim import train
-from mim.config import ConfigError, to_yaml, typed
+from mim import checkpoint, train
+from mim.config import ConfigError, typed
 from mim.contracts import DataError
 from mim.data import quarantine, stream
 from mim.data.augment import center, crop
@@ -19,6 +19,7 @@ from mim.data.quarantine import Bad, Journal, read_quarantine
 from mim.data.shards import Dataset
 from mim.data.stream import evaluate, loader
 from tests import damage
+from tests.tiny import write_recipe
 
 BAD = [0, 8, 9, 21]  # of 30 samples in shards of 7
 
@@ -270,18 +271,7 @@ def test_findings_of_all_ranks_count_once_each():
 
 @pytest.fixture
 def recipe(dataset, tmp_path):
-    sections = {
-        "data": {"path": str(dataset.path), "image_size": 16, "view": {"name": "crop"}},
-        "mask": {"name": "random", "ratio": 0.75},
-        "encoder": {"name": "vit", "model": "vit_tiny_patch16_224", "width": 24, "depth": 1, "num_heads": 2,
-                    "patch_size": 4},
-        "objective": {"name": "mae", "decoder_width": 16, "decoder_depth": 1, "decoder_num_heads": 2},
-        "optim": {"batch_size": 6, "length": "12 steps", "warmup": "2 steps", "lr": 3e-3},
-        "train": {"log_every": "4 steps", "save_every": "5 steps", "workers": 0, "cpu": True},
-    }  # fmt: skip
-    path = tmp_path / "mae.yaml"
-    path.write_text(to_yaml(sections))
-    return str(path)
+    return write_recipe(tmp_path / "mae.yaml", {"path": str(dataset.path)}, "12 steps")
 
 
 def read_lines(file):
@@ -326,13 +316,35 @@ def test_a_decoder_that_learned_to_read_a_sample_does_not_change_a_resumed_strea
     assert numbers(tmp_path / "stopped") == numbers(tmp_path / "whole")
 
 
-def test_a_run_above_its_budget_ends_with_the_names_and_may_go_on_with_a_larger_one(recipe, tmp_path, monkeypatch):
+def test_a_budget_stops_a_run_after_its_last_step_is_saved_and_says_why(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(quarantine, "BUDGET_MIN", 3)
-    options = [f"train.run={tmp_path / 'run'}"]
-    with pytest.raises(DataError, match=r"4 of 30 samples, more than the 3.*shard-00.*raise data\.bad_budget"):
-        train.main(recipe, options)
-    assert len(read_lines(tmp_path / "run/journal.jsonl")) >= 4
-    assert train.main(recipe, [*options, "data.bad_budget=0.5"]) == train.DONE
+    run = tmp_path / "run"
+    for _ in range(2):  # the same command with the same budget stops before it trains
+        with pytest.raises(DataError, match=r"4 of 30 samples, more than the 3.*shard-00.*raise data\.bad_budget"):
+            train.main(recipe, [f"train.run={run}"])
+        assert [folder.name for folder in checkpoint.list_checkpoints(run)] == [
+            "step-00000004"
+        ]  # no step at which it saves anyway
+        status = json.loads((run / "status.json").read_text())
+        assert (status["state"], status["step"]) == ("failed", 4)
+        assert "4 of 30 samples" in status["reason"]
+    assert len(read_lines(run / "journal.jsonl")) >= 4
+
+
+def test_a_run_with_a_larger_budget_goes_on_where_the_smaller_one_stopped_it(recipe, tmp_path, monkeypatch):
+    assert train.main(recipe, [f"train.run={tmp_path / 'whole'}"]) == train.DONE
+    monkeypatch.setattr(quarantine, "BUDGET_MIN", 3)
+    stopped, seen = [f"train.run={tmp_path / 'stopped'}"], []
+    to_device = stream.to_device
+    monkeypatch.setattr(
+        stream, "to_device", lambda batch, device: seen.append(batch["position"]) or to_device(batch, device)
+    )
+    with pytest.raises(DataError, match="step 4 is saved, the same command goes on from there"):
+        train.main(recipe, stopped)
+    assert train.main(recipe, [*stopped, "data.bad_budget=0.5"]) == train.DONE
+    assert seen == [6 * step for step in range(1, 13)]  # no batch twice, none left out
+    assert numbers(tmp_path / "stopped") == numbers(tmp_path / "whole")
+    assert read_lines(tmp_path / "stopped/journal.jsonl") == read_lines(tmp_path / "whole/journal.jsonl")
 
 
 def test_a_quarantine_above_the_budget_is_refused_before_anything_is_written(dataset, recipe, tmp_path, monkeypatch):

@@ -1,12 +1,27 @@
 """Every recipe that ships is complete: it builds, its schedule resolves, and it tells its command."""
 
+import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from mim import build, config, optim, train
+
+IN1K = 1_281_167  # images
+PUBLISHED = {  # batch, peak rate, warm-up and all epochs, betas, masked of patches, encoder's million parameters
+    "mae_vitb16_in1k": (4096, 2.4e-3, 40, 1600, [0.9, 0.95], (147, 196), 85.8),
+    "mae_vitl16_in1k": (4096, 2.4e-3, 40, 1600, [0.9, 0.95], (147, 196), 303.3),
+    "mae_vith14_in1k": (4096, 2.4e-3, 40, 1600, [0.9, 0.95], (192, 256), 630.8),
+    "beit_vitb16_in1k": (2048, 1.5e-3, 10, 800, [0.9, 0.999], (75, 196), 85.8),
+    "beit_vitl16_in1k": (2048, 1.5e-3, 10, 800, [0.9, 0.999], (75, 196), 303.4),
+    "beit2_vitb16_in1k": (2048, 1.5e-3, 10, 300, [0.9, 0.98], (75, 196), 85.8),
+    "beit2_vitb16_in1k_1600ep": (2048, 1.5e-3, 10, 1600, [0.9, 0.999], (75, 196), 85.8),
+    "simmim_vitb16_in1k": (2048, 4e-4, 10, 800, [0.9, 0.999], (120, 196), 85.8),
+    "simmim_swinb_in1k": (2048, 8e-4, 10, 100, [0.9, 0.999], (22, 36), 86.7),
+}
 
 RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -30,6 +45,7 @@ def test_a_recipe_builds_without_its_data_and_without_memory(sections):
         built = build.build(sections, load_frozen=False)
     assert sum(p.numel() for p in built.objective.parameters() if p.requires_grad) > 0
     assert all(p.is_meta for p in built.objective.parameters())
+    assert optim.parameter_groups(built.objective, config.typed(train.Config, sections).optim)
     assert not [p for network in built.frozen.values() for p in network.parameters() if p.requires_grad]
 
 
@@ -76,3 +92,38 @@ def test_every_section_of_a_recipe_is_a_flat_mapping(path):
         for key, value in section.items():
             inside = value.values() if isinstance(value, dict) else [value]
             assert not any(isinstance(v, dict) for v in inside), f"{name}.{key}"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_recipe_says_what_was_published(name):
+    batch_size, lr, warmup, epochs, betas, masked, millions = PUBLISHED[name]
+    cfg = config.typed(train.Config, config.read(name))
+    rates = optim.resolve(cfg.optim, IN1K)
+    assert (cfg.optim.batch_size, rates.lr, cfg.optim.betas) == (batch_size, pytest.approx(lr), betas)
+    assert rates.warmup_steps == math.ceil(warmup * IN1K / batch_size)
+    assert rates.total_steps == math.ceil(epochs * IN1K / batch_size)
+    with torch.device("meta"):
+        built = build.build(config.plain(cfg), load_frozen=False)
+    mask = np.asarray(built.views.mask(np.random.default_rng(0)))
+    assert (mask.sum(), mask.size) == masked
+    assert sum(p.numel() for p in built.encoder.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
+    assert (cfg.encoder["mean"], cfg.encoder["std"]) == (build.IMAGENET_MEAN, build.IMAGENET_STD)
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name.startswith("beit")])
+def test_a_published_recipe_of_codes_reads_them_at_112_pixels(name):
+    with torch.device("meta"):
+        built = build.build(config.plain(config.typed(train.Config, config.read(name))), load_frozen=False)
+    assert built.views.sizes == [(224, 224), (112, 112)]
+    sizes = [sum(p.numel() for p in part.parameters()) / 1e6 for part in built.frozen["tokenizer"].children()]
+    assert sizes == [pytest.approx(53.8, abs=0.05), pytest.approx(43.8, abs=0.05)]  # DALL-E's encoder and decoder
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, "dvae_dalle_in1k"])
+def test_every_line_of_a_published_recipe_that_decides_names_its_source(name):
+    """The sections of the optimizer and the mask, and what the objective is told."""
+    section = ""
+    for line in config.find_recipe(name).read_text().splitlines():
+        section = line.removesuffix(":") if re.fullmatch(r"\w+:", line) else section
+        if section in ("optim", "objective") and line.startswith("  ") and "name:" not in line:
+            assert "  # " in line, line

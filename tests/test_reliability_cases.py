@@ -17,7 +17,7 @@ def ours(tmp_path_factory):
     """The bench, with a server process of its own."""
     folder = tmp_path_factory.mktemp("reliability")
     with Trials(folder / "trials") as trials:
-        yield bench.Bench(folder, trials)
+        yield bench.Bench(folder, trials, quick=True)
 
 
 @pytest.mark.parametrize("case", ALWAYS)
@@ -54,6 +54,31 @@ def test_a_reader_that_does_not_end_is_a_hang_and_is_ended(ours):
     os.mkfifo(fifo)
     (result,) = ours.trials.run(bench.USUAL, tars=[str(fifo)], limit=2)
     assert verdicts.ended([result]).kind == verdicts.HANG
+
+
+def test_processes_of_one_trial_may_be_told_different_things(ours):
+    each = [{"tars": [str(tar)]} for tar in ours.whole.tars[:2]]
+    results = ours.trials.run(bench.USUAL, each=each)
+    assert [len(result.rows) for result in results] == [30, 30]
+    assert not set(results[0].rows) & set(results[1].rows)
+
+
+def test_a_process_with_a_small_disk_cannot_write_more(ours):
+    command = ("shards", "make", ours.small.path.parent / "images", "--workers", 1)
+    assert ours.mim(*command, ours.scratch()).exit == 0
+    refused = ours.mim(*command, ours.scratch(), file_limit=100_000)
+    assert refused.events[0] == ["file limit", "100000"]
+    assert refused.exit == 74
+    assert "File too large" in refused.output
+
+
+def test_a_secret_in_any_place_is_found(tmp_path):
+    (tmp_path / "log").write_text("hunter2")
+    secrets, clean = {"the key": "hunter2"}, Result(output="hunter3")
+    started = Result(events=[["subprocess.Popen", "curl", "hunter2"]])
+    assert verdicts.leaked(secrets, [clean]) is None
+    for results, files in (([Result(output="a hunter2 b")], []), ([started], []), ([clean], [tmp_path / "log"])):
+        assert verdicts.leaked(secrets, results, files).kind == verdicts.SILENT
 
 
 def rows(*numbers):

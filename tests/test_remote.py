@@ -372,11 +372,15 @@ def test_https_is_read_when_the_certificate_is_trusted_and_refused_when_not(cert
         remote.close()
 
 
-def test_an_s3_address_is_presigned_anew_and_never_shown(server, remote, monkeypatch):
-    pytest.importorskip("botocore")
+def plant_s3(monkeypatch, endpoint_url):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAPLANTED")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted-secret")
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", server.url(""))
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", endpoint_url)
+
+
+def test_an_s3_address_is_presigned_anew_and_never_shown(server, remote, monkeypatch):
+    pytest.importorskip("botocore")
+    plant_s3(monkeypatch, server.url(""))
     server.put("/bucket/a.tar", BODY, then=None)
     assert remote.pread("s3://bucket/a.tar", 9, 10) == BODY[9:19]
     assert "X-Amz-Signature=" in server.requests["/bucket/a.tar"][0]["target"]
@@ -392,9 +396,7 @@ def test_an_s3_server_is_read_by_ranges_and_its_errors_are_one_sentence(remote, 
     moto = servers.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     moto.start()
     try:
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAPLANTED")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted-secret")
-        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://{}:{}".format(*moto.get_host_and_port()))
+        plant_s3(monkeypatch, "http://{}:{}".format(*moto.get_host_and_port()))
         client = botocore.get_session().create_client("s3", region_name="us-east-1")
         client.create_bucket(Bucket="photos")
         client.put_object(Bucket="photos", Key="train/a 1+ü.tar", Body=BODY)
@@ -416,12 +418,25 @@ def test_an_s3_server_is_read_by_ranges_and_its_errors_are_one_sentence(remote, 
 
 def test_a_bucket_of_another_region_is_named(server, remote, monkeypatch):
     pytest.importorskip("botocore")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAPLANTED")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted-secret")
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", server.url(""))
+    plant_s3(monkeypatch, server.url(""))
     server.put("/bucket/a.tar", BODY, then=status(301, **{"x-amz-bucket-region": "eu-west-1"}))
     with pytest.raises(StorageError, match=r"301 Moved Permanently; .* set AWS_DEFAULT_REGION=eu-west-1"):
         remote.pread("s3://bucket/a.tar", 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("code", "word", "remedy"),
+    [
+        (403, "InvalidAccessKeyId", "check AWS_ACCESS_KEY_ID"),
+        (403, "SignatureDoesNotMatch", "does not belong to the access key"),
+        (400, "ExpiredToken", "have expired, renew them"),
+        (403, "AccessDenied", "check the credentials and their rights"),
+    ],
+)
+def test_what_is_wrong_with_s3_credentials_is_told_at_once_in_the_servers_word(server, remote, code, word, remedy):
+    body = f"<Error><Code>{word}</Code><AWSAccessKeyId>AKIAPLANTED</AWSAccessKeyId></Error>".encode()
+    assert_fails(server, remote, status(code, body=body), StorageError, f"{code} .*{word}.*; .*{remedy}")
+    assert server.fired["/a.tar"] == [f"status {code}"]
 
 
 def test_missing_s3_credentials_are_one_sentence(remote, monkeypatch, tmp_path):

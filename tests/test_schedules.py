@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from mim.schedules import SHAPES, constant, cosine, linear, to_steps, warmup_then
+from mim.schedules import SHAPES, constant, cosine, linear, multistep, to_steps, warmup_then
 
 
 @pytest.mark.parametrize(
@@ -68,6 +68,16 @@ def test_a_shape_stays_at_its_end_afterwards(shape):
 def test_a_warm_up_rises_in_equal_parts_and_the_first_update_already_moves(shape):
     rates = [warmup_then(shape, step, peak=1.0, end=0.0, warmup_steps=4, steps=10) for step in range(4)]
     assert rates == [0.25, 0.5, 0.75, 1.0]
+
+
+def test_a_warm_up_may_start_above_zero():
+    values = [warmup_then("constant", s, peak=1.0, end=0.0, warmup_steps=4, steps=9, start=0.2) for s in range(5)]
+    assert values == pytest.approx([0.4, 0.6, 0.8, 1.0, 1.0])
+
+
+def test_multistep_falls_at_each_milestone_and_stays_between():
+    values = [multistep(s, start=2.0, factor=0.1, milestones=(3, 5)) for s in range(7)]
+    assert values == pytest.approx([2.0, 2.0, 2.0, 0.2, 0.2, 0.02, 0.02])
 
 
 @pytest.mark.parametrize(("shape", "end"), [("cosine", 0.1), ("linear", 0.1), ("constant", 1.0)])

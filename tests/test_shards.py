@@ -1,3 +1,4 @@
+import functools
 import hashlib
 import io
 import json
@@ -327,4 +328,17 @@ def test_a_dataset_can_be_pickled_and_forked_after_use(made):
     expected = read_all(dataset)
     assert read_all(pickle.loads(pickle.dumps(dataset))) == expected
     with multiprocessing.get_context("fork").Pool(2) as pool:
-        assert pool.starmap(dataset.read, [(1, row) for row in range(10)]) == expected[10:20]
+        found = pool.starmap(functools.partial(content, dataset), [(1, row) for row in range(10)])
+    assert found == [(sample.key, bytes(sample.image), sample.label) for sample in expected[10:20]]
+
+
+def content(dataset, shard, row):
+    """A sample that can be sent to another process."""
+    sample = dataset.read(shard, row)
+    return sample.key, bytes(sample.image), sample.label
+
+
+def test_an_image_is_a_part_of_the_one_read_and_no_copy(made):
+    sample = Dataset.open(made).read(0, 0)
+    assert isinstance(sample.image.obj, bytes)
+    assert len(sample.image.obj) > sample.image.nbytes  # with the header before it

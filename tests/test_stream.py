@@ -9,8 +9,8 @@ from PIL import Image
 
 from mim.config import ConfigError
 from mim.contracts import DataError
-from mim.data import jpeg, stream
-from mim.data.augment import center, crop
+from mim.data import jpeg, stages, stream
+from mim.data.augment import center, crop, multi_crop
 from mim.data.decode import BadImage, open_image
 from mim.data.jitter import jitter_
 from mim.data.make import make
@@ -167,6 +167,24 @@ def test_draws_of_a_sample_are_decoded_once(dataset, monkeypatch):
     monkeypatch.setattr(stream, "open_image", lambda *options: decoded.append(1) or open_image(*options))
     batches(dataset, order_of(dataset, repeats=4), batch_size=8, num_steps=3)
     assert len(decoded) == 6
+
+
+def test_the_decoding_of_a_box_counts_as_decoding(tmp_path, monkeypatch):
+    """A clock that advances only while a JPEG is decoded, which the view asks for."""
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (60, 50), "red").save(tmp_path / "in/a.jpg")
+    make(tmp_path / "in", tmp_path / "out", workers=1)
+    jpegs, now, honest = Dataset.open(tmp_path / "out"), [0.0], jpeg.pixels
+
+    def slow(*options):
+        now[0] += 1
+        return honest(*options)
+
+    monkeypatch.setattr(jpeg, "pixels", slow)
+    monkeypatch.setattr(stages.time, "perf_counter", lambda: now[0])
+    order = Order(jpegs.id, jpegs.counts, seed=0)
+    (batch,) = batches(jpegs, order, num_steps=1, batch_size=3)
+    assert batch["seconds"] == {"read": 0, "decode": 3, "augment": 0, "collate": 0}
 
 
 def test_batches_hold_what_the_contract_says(dataset):
@@ -335,3 +353,35 @@ def test_neither_the_decoder_nor_the_cut_changes_a_batch(tmp_path, monkeypatch, 
     assert pixels() == expected
     monkeypatch.setattr(jpeg, "parse", lambda data: None)
     assert pixels() == expected
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_crops_come_in_fields_of_their_own_whatever_the_ranks_and_workers(dataset, workers):
+    view = functools.partial(multi_crop, num_local=3, local_size=8)
+    whole = batches(dataset, view=view, sizes=SIZES[:1], mask=None)
+    assert whole[0]["images"].shape == (8, 2, 3, 16, 24)
+    assert whole[0]["local_images"].shape == (8, 3, 3, 8, 8)
+    shares = [batches(dataset, view=view, sizes=SIZES[:1], mask=None, rank=r, world=2, workers=workers) for r in (0, 1)]
+    for name in ("images", "local_images"):
+        for batch, *parts in zip(whole, *shares, strict=True):
+            rows = dict(zip(batch["noise"].tolist(), batch[name], strict=True))  # noise names the slot
+            for part in parts:
+                assert all(
+                    torch.equal(rows[key], row) for key, row in zip(part["noise"].tolist(), part[name], strict=True)
+                )
+
+
+def test_each_crop_of_an_image_has_a_jitter_of_its_own(dataset):
+    def same(image, rng, sizes):
+        one = center(image, rng, [(8, 8)])[0]
+        return {"images": torch.stack([one, one]), "local_images": one[None]}
+
+    options = {"view": same, "sizes": [(8, 8)], "mask": None, "num_steps": 1}
+    plain = to_device(batches(dataset, **options)[0], torch.device("cpu"))
+    assert torch.equal(plain["images"][:, 0], plain["local_images"][:, 0])
+    changed = to_device(batches(dataset, **options, jitter=0.4)[0], torch.device("cpu"))
+    crops = [changed["images"][:, 0], changed["images"][:, 1], changed["local_images"][:, 0]]
+    for one, other in itertools.combinations(crops, 2):
+        assert ((one - other).abs().flatten(1).max(dim=1).values > 0.01).all()
+    again = to_device(batches(dataset, **options, jitter=0.4)[0], torch.device("cpu"))
+    assert torch.equal(changed["images"], again["images"])

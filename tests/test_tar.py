@@ -1,5 +1,4 @@
 import gzip
-import io
 import tarfile
 import zlib
 
@@ -7,15 +6,7 @@ import pytest
 
 from mim.contracts import DataError
 from mim.data import tar
-
-
-def write(path, members, format=tarfile.USTAR_FORMAT):
-    with tarfile.open(path, "w", format=format) as archive:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return path
+from tests.tiny import write_tar
 
 
 def write_special(path, kind, **fields):
@@ -32,7 +23,7 @@ def write_special(path, kind, **fields):
 def test_members_agree_with_tarfile_in_every_format(tmp_path, format):
     names = ["a.jpg", "folder/b.cls", "ä/" + "long" * 20 + "/" + "name" * 20 + ".png"]
     contents = [(name, bytes([i]) * (700 * i)) for i, name in enumerate(names)]
-    path = write(tmp_path / "x.tar", contents, format)
+    path = write_tar(tmp_path / "x.tar", contents, format)
     with tarfile.open(path) as archive:
         expected = [(m.name, m.offset_data, m.size) for m in archive]
     scanned = list(tar.scan(path))
@@ -41,7 +32,7 @@ def test_members_agree_with_tarfile_in_every_format(tmp_path, format):
 
 
 def test_the_header_before_the_data_holds_the_name(tmp_path):
-    path = write(tmp_path / "x.tar", [("folder/" + "n" * 90 + ".jpg", b"1"), ("b.jpg", b"2")])
+    path = write_tar(tmp_path / "x.tar", [("folder/" + "n" * 90 + ".jpg", b"1"), ("b.jpg", b"2")], tarfile.USTAR_FORMAT)
     for member in tar.scan(path):
         header = path.read_bytes()[member.offset - tar.BLOCK : member.offset]
         assert tar.name_of(header) == member.name
@@ -75,17 +66,17 @@ def test_a_sparse_file_in_a_pax_record_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["/etc/x.jpg", "a/../../x.jpg"])
 def test_names_that_leave_the_folder_are_refused(tmp_path, name):
     with pytest.raises(DataError, match="absolute"):
-        list(tar.scan(write(tmp_path / "x.tar", [(name, b"")])))
+        list(tar.scan(write_tar(tmp_path / "x.tar", [(name, b"")], tarfile.USTAR_FORMAT)))
 
 
 def test_a_huge_extension_record_is_refused(tmp_path):
-    path = write(tmp_path / "x.tar", [("n" * 70_000, b"")], tarfile.GNU_FORMAT)
+    path = write_tar(tmp_path / "x.tar", [("n" * 70_000, b"")], tarfile.GNU_FORMAT)
     with pytest.raises(DataError, match="long-name record"):
         list(tar.scan(path))
 
 
 def test_truncation_is_refused_wherever_it_cuts(tmp_path):
-    whole = write(tmp_path / "x.tar", [("a.jpg", b"1" * 1000), ("b.jpg", b"2" * 1000)]).read_bytes()
+    whole = write_tar(tmp_path / "x.tar", [("a.jpg", b"1" * 1000), ("b.jpg", b"2" * 1000)]).read_bytes()
     content = 2 * (512 + 1024)
     for length in (0, 100, 512, 1000, 1536, 2000, content, content + 512):
         (tmp_path / "cut.tar").write_bytes(whole[:length])
@@ -96,7 +87,7 @@ def test_truncation_is_refused_wherever_it_cuts(tmp_path):
 
 
 def test_a_damaged_header_is_named_with_its_offset(tmp_path):
-    path = write(tmp_path / "x.tar", [("a.jpg", b"1"), ("b.jpg", b"2")])
+    path = write_tar(tmp_path / "x.tar", [("a.jpg", b"1"), ("b.jpg", b"2")])
     damaged = bytearray(path.read_bytes())
     damaged[1024] ^= 1
     path.write_bytes(damaged)
@@ -106,13 +97,13 @@ def test_a_damaged_header_is_named_with_its_offset(tmp_path):
 
 def test_compression_is_refused_with_a_remedy(tmp_path):
     path = tmp_path / "x.tar"
-    path.write_bytes(gzip.compress(write(path, [("a.jpg", b"1")]).read_bytes()))
+    path.write_bytes(gzip.compress(write_tar(path, [("a.jpg", b"1")]).read_bytes()))
     with pytest.raises(DataError, match="gunzip"):
         list(tar.scan(path))
 
 
 def test_members_hidden_behind_the_end_are_refused(tmp_path):
-    one = write(tmp_path / "x.tar", [("a.jpg", b"1")]).read_bytes()
+    one = write_tar(tmp_path / "x.tar", [("a.jpg", b"1")]).read_bytes()
     (tmp_path / "two.tar").write_bytes(one + one)
     with pytest.raises(DataError, match="concatenated"):
         list(tar.scan(tmp_path / "two.tar"))

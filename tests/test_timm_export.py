@@ -23,6 +23,17 @@ VARIANTS = {
 }
 
 
+OTHERS = {
+    "hybrid": {"name": "vit", "model": "vit_tiny_r_s16_p8_224", "patch_size": None},
+    "eva": {"name": "eva", "model": "eva02_tiny_patch14_224", "layer_scale": 0.1, "num_registers": 2},
+    "learned rotary frequencies": {"name": "eva", "model": "vit_small_patch16_rope_mixed_224"},
+    "dinov3": {"name": "eva", "model": "vit_small_patch16_dinov3", "qk_norm": True},
+    "beit": {"name": "beit", "model": "beit_base_patch16_224"},
+    "beit, a bias for each block": {"name": "beit", "model": "beitv2_base_patch16_224", "positions": "relative"},
+    "beit, absolute": {"name": "beit", "model": "beit_base_patch16_224", "positions": "absolute", "layer_scale": 0.0},
+}
+
+
 @pytest.fixture
 def exported(loaded_run, tmp_path):
     """`exported(**encoder)`: a run, the folder of its export, and the report."""
@@ -50,6 +61,25 @@ def test_the_reloaded_model_has_exactly_the_features_of_the_run(exported, varian
     features = loaded.encoder(images())
     normalised = loaded.encoder.normalize(images())
     assert torch.equal(model.forward_features(normalised), torch.cat(list(features), dim=1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", OTHERS)
+def test_encoders_of_other_kinds_come_back_with_exactly_the_features_of_the_run(exported, variant):
+    loaded, folder, report = exported("beit", **OTHERS[variant] | {"drop_path_rate": 0.2, "weight_init": "mae"})
+    assert report["max_difference"] == 0.0
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
+    features = loaded.encoder(images())
+    assert torch.equal(model.forward_features(loaded.encoder.normalize(images())), torch.cat(features, dim=1))
+    assert timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=10)(images()).shape == (2, 10)
+
+
+def test_what_only_pretraining_needs_is_not_exported(exported):
+    _, folder, _ = exported(drop_path_rate=0.3, weight_init="jax")
+    arguments = json.loads((folder / "config.json").read_text())["model_args"]
+    assert not {"drop_path_rate", "weight_init", "num_classes", "dynamic_img_size"} & arguments.keys()
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True, drop_path_rate=0.1)  # the user's own
+    assert model.blocks[-1].drop_path1.drop_prob == pytest.approx(0.1)
 
 
 def test_the_data_config_of_timm_holds_size_and_statistics_of_the_run(exported):

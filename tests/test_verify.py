@@ -1,14 +1,14 @@
 """What `mim shards verify` finds, and that it finds it wherever it is."""
 
 import hashlib
-import io
 import json
 import shutil
+from dataclasses import asdict
 
 import numpy as np
 import pytest
-from PIL import Image
 
+from mim.config import ConfigError
 from mim.contracts import DataError
 from mim.data import tar
 from mim.data.join import join
@@ -18,13 +18,7 @@ from mim.data.parts import Part
 from mim.data.shards import LOCK, Dataset, dataset_id, read_lock
 from mim.data.tar import BLOCK
 from mim.data.verify import check_shard, verify
-
-
-def picture(i, kind="JPEG"):
-    pixels = np.random.default_rng(i).integers(0, 256, (9 + i % 5, 12, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind)
-    return buffer.getvalue()
+from tests.tiny import picture
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +28,7 @@ def made(tmp_path_factory):
     for i in range(18):
         path = root / "in" / ("a" if i % 2 else "ü") / f"{i:02d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture(i))
+        path.write_bytes(picture(i, (9 + i % 5, 12)))
     make(root / "in", root / "out", labels_from_folders=True, shard_size=7, workers=1)
     return root / "out"
 
@@ -167,7 +161,7 @@ def test_every_truncation_is_found_by_verify_and_at_run_time(copy):
             Dataset.open(copy)
         dataset = Dataset(copy, lock)  # cut while it is open
         for row in range(7):
-            if dataset.span(0, row)[1] > cut:
+            if dataset.record(0, row).end > cut:
                 lost_rows += 1
                 assert row in {finding.row for finding in found}
                 with pytest.raises(DataError, match=r"shard-00000\.tar ends at byte"):
@@ -242,3 +236,75 @@ def test_parts_join_to_the_same_quarantine(copy):
     assert join(copy).num_quarantined == 3
     assert (copy / "quarantine.json").read_bytes() == whole
     assert not list(copy.glob("*part*"))
+
+
+def report_of(folder):
+    """Everything that a report says, but the time."""
+    timing = ("seconds", "images_per_second")
+    found = asdict(verify(folder, decode=True, workers=1))
+    return {name: value for name, value in found.items() if name not in timing}
+
+
+def test_joined_parts_report_what_one_process_does_with_the_duplicates_between_them(copy):
+    """Copies of shard 0 in another part than its own, a damaged byte, a bad image and a key that comes twice."""
+    lock = json.loads((copy / LOCK).read_text())
+    for ending in ("tar", "npy"):
+        shutil.copy(copy / f"shard-00000.{ending}", copy / f"again.{ending}")
+    lock["shards"].append(lock["shards"][0] | {"file": "again.tar", "padding": 20480})
+    lock["dataset_id"] = dataset_id(lock["shards"], lock["schema"])
+    (copy / LOCK).write_text(json.dumps(lock))
+    replace_member(copy, 1, 3, b"no image")
+    index = np.load(copy / "shard-00002.npy")
+    index[1] = index[0]
+    np.save(copy / "shard-00002.npy", index)
+    flip(copy / "shard-00002.tar", int(index["image"]["offset"][2]) + 30)
+    whole = report_of(copy)
+    assert {finding["kind"] for finding in whole["findings"]} == {"damaged", "duplicate_key", "unreadable"}
+    assert whole["num_same_keys"] == len(whole["same_contents"]) == 7
+    assert whole["padding"] == {"again.tar": 20480}
+    for number in (4, 2, 1, 3):
+        part = verify(copy, decode=True, workers=1, part=Part(number, 4))
+        assert (part.num_same_keys, part.same_contents, part.quarantine) == (0, [], None)
+        assert f"part {number}/4 is done; when all are: mim shards join" in part.text()
+    joined = join(copy)
+    [report] = joined.verified
+    assert not joined.clean
+    assert {name: value for name, value in asdict(report).items() if name in whole} == whole
+    assert report.text() in joined.text()
+    assert (joined.joined, join(copy).joined) == ("verify", "nothing")
+
+
+def test_parts_without_decoding_join_too_and_write_no_quarantine(copy):
+    for number in (1, 2):
+        verify(copy, workers=1, part=Part(number, 2))
+    joined = join(copy)
+    assert joined.clean
+    assert (joined.num_quarantined, joined.verified[0].num_samples) == (None, 18)
+    assert not list(copy.glob("*part*"))
+    assert not (copy / "quarantine.json").exists()
+
+
+def test_parts_of_which_one_did_not_decode_or_that_saw_another_dataset_are_refused(copy):
+    verify(copy, workers=1, part=Part(1, 2))
+    with pytest.raises(ConfigError, match="1 of 2 parts are missing: run --part 2/2"):
+        join(copy)
+    verify(copy, decode=True, workers=1, part=Part(2, 2))
+    with pytest.raises(ConfigError, match="part 2 of 2 was made from other data or options"):
+        join(copy)
+    verify(copy, workers=1, part=Part(2, 2))
+    replace_member(copy, 1, 3, b"no image")
+    with pytest.raises(DataError, match="reports on another dataset"):
+        join(copy)
+
+
+def test_a_report_of_a_part_that_is_torn_is_refused(copy):
+    verify(copy, workers=1, part=Part(1, 1))
+    file = copy / "verify.part-1-of-1.json"
+    content = json.loads(file.read_text())
+    content["checked"] = {"object": "Popen", "fields": {}}
+    file.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="holds no facts of a shard"):
+        join(copy)
+    file.write_text(file.read_text()[:50])
+    with pytest.raises(DataError, match="is not what a part leaves"):
+        join(copy)

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from conftest import repainted, shaken
+from timm.layers import resample_abs_pos_embed
 
 from mim.encoders import vit
 from mim.encoders.vit import Config, build
-from mim.patches import gather, mask_to_ids, patchify, sincos_positions, unpatchify
+from mim.patches import gather, mask_to_ids, sincos_positions
 
 SIZE = (32, 48)  # a grid of 4 x 6
 N = 24
@@ -16,6 +18,7 @@ VARIANTS = {
     "layer scale": {"layer_scale": 0.1},
     "sincos": {"positions": "sincos"},
     "pre-norm": {"model": "vit_base_patch16_clip_224"},
+    "normed queries and keys": {"qk_norm": True},
     "pixel statistics": {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]},
 }
 
@@ -23,10 +26,7 @@ VARIANTS = {
 def an_encoder(channels=3, **changes):
     torch.manual_seed(0)
     encoder = build(Config(**{"model": "vit_tiny_patch16_224"} | SMALL | changes), image_size=SIZE, channels=channels)
-    for parameter in encoder.parameters():  # tokens and gammas start at zero or equal: make each count
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return encoder.eval()
+    return shaken(encoder)
 
 
 @pytest.fixture(params=VARIANTS)
@@ -47,12 +47,6 @@ def mask():
 @pytest.fixture
 def token():
     return torch.randn(1, 1, 32, generator=torch.Generator().manual_seed(2))
-
-
-def repainted(images, which):
-    """The same images with other pixels in the patches where `which` (B, N) is True."""
-    patches = patchify(images, 8)
-    return unpatchify(torch.where(which[..., None], 1 - patches, patches), (4, 6), 3)
 
 
 # ---- timm's own ----------------------------------------------------------------------------------
@@ -109,7 +103,7 @@ def test_pixels_are_normalised_with_the_encoder_s_own_statistics(images):
 @torch.no_grad()
 def test_dropped_patches_cannot_be_seen(encoder, images, mask):
     ids_keep, _, _ = mask_to_ids(mask, 9)
-    before, after = encoder(images, ids_keep=ids_keep), encoder(repainted(images, mask), ids_keep=ids_keep)
+    before, after = encoder(images, ids_keep=ids_keep), encoder(repainted(images, mask, 8), ids_keep=ids_keep)
     assert before.patches.shape == (2, N - 9, 32)
     assert torch.equal(before.patches, after.patches)
     assert torch.equal(before.prefix, after.prefix)
@@ -122,7 +116,7 @@ def test_every_kept_patch_is_seen(images, mask):
     before = encoder(images, ids_keep=ids_keep).prefix
     for place in range(N - 9):
         one = torch.zeros_like(mask).scatter_(1, ids_keep[:, place : place + 1], True)
-        changed = (before != encoder(repainted(images, one), ids_keep=ids_keep).prefix).flatten(1).any(dim=1)
+        changed = (before != encoder(repainted(images, one, 8), ids_keep=ids_keep).prefix).flatten(1).any(dim=1)
         assert changed.all()
 
 
@@ -155,7 +149,7 @@ def test_kept_patches_keep_their_own_positions(images):
 @torch.no_grad()
 def test_replaced_patches_cannot_be_seen(encoder, images, mask, token):
     before = encoder(images, mask=mask, mask_token=token)
-    after = encoder(repainted(images, mask), mask=mask, mask_token=token)
+    after = encoder(repainted(images, mask, 8), mask=mask, mask_token=token)
     assert before.patches.shape == (2, N, 32)
     assert torch.equal(before.patches, after.patches)
     assert torch.equal(before.prefix, after.prefix)
@@ -165,7 +159,8 @@ def test_replaced_patches_cannot_be_seen(encoder, images, mask, token):
 def test_visible_patches_and_the_mask_token_are_seen(images, mask, token):
     encoder = an_encoder()
     before = encoder(images, mask=mask, mask_token=token)
-    assert (encoder(repainted(images, ~mask), mask=mask, mask_token=token).patches != before.patches).all(dim=2).all()
+    repaint = repainted(images, ~mask, 8)
+    assert (encoder(repaint, mask=mask, mask_token=token).patches != before.patches).all(dim=2).all()
     assert (encoder(images, mask=mask, mask_token=token + 1).patches != before.patches).any(dim=2).all()
 
 
@@ -190,6 +185,117 @@ def test_layers_mask_and_drop_like_the_output_does(encoder, images, mask, token)
     for options in ({"mask": mask, "mask_token": token}, {"ids_keep": ids_keep}):
         (last,) = encoder.layers(images, [-1], norm=True, **options)
         assert torch.equal(last.patches, encoder(images, **options).patches)
+
+
+# ---- images of other sizes -----------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_images_of_another_size_get_resampled_positions(images):
+    encoder = an_encoder(num_registers=2)
+    features = encoder(images[:, :, :16, :24])
+    assert features.patches.shape == (2, 6, 32)
+    assert encoder.grid((16, 24)) == (2, 3)
+    smaller = build(Config("vit_tiny_patch16_224", num_registers=2, **SMALL), image_size=(16, 24), channels=3).eval()
+    state = encoder.vit.state_dict()
+    state["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], [2, 3], [4, 6], num_prefix_tokens=3)
+    smaller.vit.load_state_dict(state)
+    assert torch.equal(smaller(images[:, :, :16, :24]).patches, features.patches)
+
+
+# ---- a convolutional stem ------------------------------------------------------------------------
+
+HYBRID = {"model": "vit_tiny_r_s16_p8_224", "patch_size": None}  # a stem of stride 4, then patches of 8: 32 pixels
+WIDE = (64, 96)  # a grid of 2 x 3
+
+
+def a_hybrid(**changes):
+    torch.manual_seed(0)
+    options = {"width": 32, "depth": 2, "num_heads": 2} | HYBRID | changes
+    return shaken(build(Config(**options), image_size=WIDE, channels=3))
+
+
+@pytest.fixture
+def wide():
+    return torch.rand(2, 3, *WIDE, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def test_a_hybrid_without_a_mask_is_timm_s_bit_for_bit(wide):
+    encoder = a_hybrid(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
+    assert (encoder.patch_size, encoder.grid(WIDE)) == (32, (2, 3))
+    theirs = encoder.vit.forward_features(encoder.normalize(wide))
+    assert torch.equal(torch.cat(encoder(wide), dim=1), theirs)
+
+
+@torch.no_grad()
+def test_the_stem_of_a_hybrid_sees_beyond_a_patch(wide):
+    """Otherwise the next tests would hold without blanks."""
+    encoder = a_hybrid()
+    one = torch.tensor([[True, False, False, False, False, False]] * 2)
+    tokens = [encoder.vit.patch_embed(encoder.normalize(x))[:, 0, 1] for x in (wide, repainted(wide, one, 32))]
+    assert not torch.equal(*tokens)
+
+
+@torch.no_grad()
+def test_the_masked_pixels_of_a_hybrid_cannot_be_seen(wide, token):
+    encoder = a_hybrid(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
+    mask = torch.tensor([[True, False, False, True, True, False], [False, True, True, False, False, True]])
+    ids_keep, _, _ = mask_to_ids(mask, 3)
+    for options in ({"mask": mask, "mask_token": token}, {"ids_keep": ids_keep}):
+        before, after = (encoder(x, **options) for x in (wide, repainted(wide, mask, 32)))
+        assert torch.equal(before.patches, after.patches)
+        assert torch.equal(before.prefix, after.prefix)
+        seen = encoder(repainted(wide, ~mask, 32), **options)
+        assert (seen.patches != before.patches).any(dim=2).all()
+    assert encoder(wide, ids_keep=ids_keep).patches.shape == (2, 3, 32)
+
+
+@torch.no_grad()
+def test_the_blanks_of_a_hybrid_are_the_mean(wide, token):
+    encoder = a_hybrid(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
+    mask = torch.tensor([[True, False, False, False, False, False]] * 2)
+    gray = wide.clone()
+    gray[:, :, :32, :32] = torch.tensor([0.1, 0.2, 0.3])[:, None, None]
+    found = encoder(wide, mask=mask, mask_token=token)
+    other = encoder.vit.patch_embed(encoder.normalize(gray))  # (B, 2, 3, D)
+    other[:, 0, 0] = token[0]
+    x = encoder.vit._pos_embed(other)
+    for block in encoder.vit.blocks:
+        x = block(x)
+    assert torch.allclose(torch.cat(found, dim=1), encoder.vit.norm(x), atol=1e-5)
+
+
+# ---- more blocks ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_more_blocks_go_on_from_raw_features_as_a_deeper_encoder_would(images):
+    encoder, deeper = an_encoder(), an_encoder(depth=5)
+    more = encoder.more_blocks(2, 3).eval()
+    more.blocks.load_state_dict(deeper.vit.blocks[3:].state_dict())
+    (early, late) = deeper.layers(images, [2, -1])
+    found = more(early, encoder.grid(SIZE))
+    assert torch.equal(found.patches, late.patches)
+    assert torch.equal(found.prefix, late.prefix)
+
+
+def test_more_blocks_drop_paths_as_the_blocks_that_they_stand_beside():
+    def rates(blocks):
+        return [getattr(block.drop_path2, "drop_prob", 0.0) for block in blocks]
+
+    encoder = an_encoder(drop_path_rate=0.2)
+    assert rates(encoder.more_blocks(1, 1).blocks) == pytest.approx([0.1])
+    assert rates(encoder.more_blocks(2, 3).blocks) == pytest.approx([0.15, 0.2])  # of a depth of 5
+
+
+def test_more_blocks_are_trained_and_start_on_their_own():
+    encoder = build(Config("vit_tiny_patch16_224", layer_scale=0.1, **SMALL), image_size=SIZE, channels=3)
+    more = encoder.more_blocks(2, 1)
+    assert all(p.requires_grad for p in more.parameters())
+    assert not torch.equal(more.blocks[0].mlp.fc1.weight, encoder.vit.blocks[1].mlp.fc1.weight)
+    assert {p.data_ptr() for p in more.parameters()}.isdisjoint(p.data_ptr() for p in encoder.parameters())
+    assert (more.blocks[1].ls1.gamma == 0.1).all()
 
 
 # ---- parts ---------------------------------------------------------------------------------------
@@ -272,7 +378,7 @@ def test_a_size_that_does_not_divide_is_refused():
     [
         ({"width": 50, "num_heads": 3}, "encoder.width=50 with encoder.num_heads=3: "),
         ({"positions": "cosine"}, "encoder.positions='cosine' is unknown; choose learn or sincos"),
-        ({"weight_init": "xavier"}, "encoder.weight_init='xavier' is unknown; choose jax, moco or ''"),
+        ({"weight_init": "xavier"}, "encoder.weight_init='xavier' is unknown; choose beit, mae, jax, moco or ''"),
         ({"model": "vit_tny"}, "encoder.model='vit_tny' is not a timm model; some that are: "),
         ({"model": "beit_base_patch16_224"}, "encoder.model='beit_base_patch16_224' is not timm's VisionTransformer"),
         ({"model": "resnet18"}, "encoder.model='resnet18' is not timm's VisionTransformer"),
@@ -281,6 +387,10 @@ def test_a_size_that_does_not_divide_is_refused():
             {"model": "vit_base_patch16_siglip_224"},
             "ends in an attention pool, which pretraining would leave untrained",
         ),
+        ({**HYBRID, "patch_size": 32}, "has the stride of its stem; leave encoder.patch_size out"),
+        ({**HYBRID, "model": "vit_small_r26_s32_224"}, "image size 32x48 does not divide by the stride of the stem"),
+        ({**HYBRID, "model": "vit_base_resnet26d_224"}, "has BatchNorm in its stem, so the loss would depend on how"),
+        ({"patch_size": 5}, "image size 32x48 does not divide by the patch size 5"),
         ({"mean": [0.5], "std": [0.5]}, "encoder.mean has 1 values for images of 3 channels"),
     ],
 )

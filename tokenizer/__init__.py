@@ -82,7 +82,7 @@ def load(folder: str | Path) -> Any:
         tokenizer = module.build(cfg)
     state = load_file(folder / WEIGHTS)
     _require_same_layout(state, tokenizer.state_dict(), folder / WEIGHTS)
-    tokenizer.load_state_dict(state)
+    tokenizer.load_state_dict(state, assign=True)  # also where it was built without memory
     return tokenizer.requires_grad_(False).eval()
 
 

@@ -17,16 +17,33 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.reliability import cases_damage, cases_doors, cases_elastic, cases_hostile, cases_remote, cases_resume
+from benchmarks.reliability import (
+    cases_bucket,
+    cases_cache,
+    cases_damage,
+    cases_doors,
+    cases_elastic,
+    cases_hostile,
+    cases_pixels,
+    cases_remote,
+    cases_resume,
+)
 from benchmarks.reliability.bench import OURS, READERS, Bench, Case
 from benchmarks.reliability.trials import Trials, temporary_folder
 from benchmarks.reliability.verdicts import PASS, SKIPPED, Verdict
 
-CASES: tuple[Case, ...] = tuple(
-    case
-    for part in (cases_resume, cases_elastic, cases_damage, cases_remote, cases_hostile, cases_doors)
-    for case in part.CASES
+PARTS = (
+    cases_bucket,
+    cases_cache,
+    cases_damage,
+    cases_doors,
+    cases_elastic,
+    cases_hostile,
+    cases_pixels,
+    cases_remote,
+    cases_resume,
 )
+CASES: tuple[Case, ...] = tuple(sorted((case for part in PARTS for case in part.CASES), key=lambda case: case.id))
 WIDTH = 64  # characters of a detail in the table
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.reliability.fixtures import Fixture, fixture
-from benchmarks.reliability.trials import Result, Trials
+from benchmarks.reliability.trials import LIMIT, Result, Trials
 from benchmarks.reliability.verdicts import INVALID, Verdict
 
 OURS, USUAL = "ours", "usual"
@@ -17,11 +17,12 @@ READERS = (OURS, USUAL)
 
 
 class Bench:
-    """Fixtures are made once; a case asks for copies, and for folders of its own."""
+    """Fixtures are made once; a case asks for copies, and for folders of its own. quick: seconds, for the tests."""
 
-    def __init__(self, folder: Path, trials: Trials):
+    def __init__(self, folder: Path, trials: Trials, *, quick: bool = False):
         self.folder = folder
         self.trials = trials
+        self.quick = quick
         self.count = 0
 
     @functools.cached_property
@@ -61,7 +62,8 @@ class Bench:
         """Read a stranger's tars: ours indexes them first, with `flags`, and a failing index is the result."""
         if reader == USUAL:
             return self.trials.run(reader, tars=[str(tar) for tar in tars], **options)
-        indexed = self.mim("shards", "index", *tars, out := self.scratch(), "--labels", "cls", "--workers", 1, *flags)
+        arguments = ("shards", "index", *tars, out := self.scratch(), "--labels", "cls", "--workers", 1, *flags)
+        indexed = self.mim(*arguments, limit=options.get("limit", LIMIT))
         if indexed.hung or indexed.exit != 0:
             return [indexed]
         results = self.read(reader, out, **options)

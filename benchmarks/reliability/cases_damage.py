@@ -177,10 +177,10 @@ def names(bench: Bench, reader: str) -> Verdict:
         files = [write_tar(bench.scratch() / "tars" / f"part-{i}.tar", tar) for i, tar in enumerate(tars)]
         results = bench.read_tars(reader, files, batch_size=1)
         verdict = _stated(results, wanted)
-        verdicts.append(Verdict(verdict.kind, f"{name}: {verdict.detail}"))
+        verdicts.append(verdict.of(name))
     file = write_tar(bench.scratch() / "a#b;c?d.tar", plain)
     verdict = _stated(bench.read_tars(reader, [file], batch_size=1), wanted)
-    return joined([*verdicts, Verdict(verdict.kind, f"#, ; and ? in the file name: {verdict.detail}")])
+    return joined([*verdicts, verdict.of("#, ; and ? in the file name")])
 
 
 def _stated(results: list[Result], wanted: set[Row]) -> Verdict:
@@ -225,7 +225,7 @@ def budget(bench: Bench, reader: str) -> Verdict:
             )
         else:
             verdict = delivered(results, good)
-        verdicts.append(Verdict(verdict.kind, f"{num_bad} bad: {verdict.detail}"))
+        verdicts.append(verdict.of(f"{num_bad} bad"))
     return joined(verdicts)
 
 

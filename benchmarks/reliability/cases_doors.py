@@ -12,9 +12,22 @@ from typing import Any
 
 from benchmarks.reliability.bench import OURS, USUAL, Bench, Case, fired
 from benchmarks.reliability.cases_hostile import unharmed
+from benchmarks.reliability.serving import pair, pointed, put, serving
 from benchmarks.reliability.trials import Result
-from benchmarks.reliability.verdicts import LOUD, PASS, SILENT, SKIPPED, Verdict, delivered, ended, joined, refused
+from benchmarks.reliability.verdicts import (
+    LOUD,
+    PASS,
+    SILENT,
+    SKIPPED,
+    Verdict,
+    delivered,
+    ended,
+    joined,
+    leaked,
+    refused,
+)
 from mim.data.shards import LOCK
+from tests.fault_server import redirect
 
 SECRETS = {  # planted words by the door through which they come in
     "user": "planted-password-1",
@@ -27,19 +40,26 @@ SECRETS = {  # planted words by the door through which they come in
 
 
 def locations(bench: Bench, reader: str) -> Verdict:
-    """F5: `pipe:`, `-` and others are refused without a process; environment variables change nothing."""
+    """F5: `pipe:`, `file:`, `-` and others are refused without a process; so are redirects to other hosts and schemes;
+    environment variables change nothing."""
     verdicts = []
     tar = bench.small.tars[0]
-    for template in ("pipe:touch {canary}; cat {tar}", "-", "ftp://localhost/x.tar", "gopen://x.tar", "{tar}|"):
+    for template in (
+        "pipe:touch {canary}; cat {tar}",
+        "-",
+        "ftp://localhost/x.tar",
+        "gopen://x.tar",
+        "file://{tar}",
+        "{tar}|",
+    ):
         canary = bench.scratch().with_name("canary")
         location = template.format(canary=canary, tar=tar)
         results = bench.read_tars(reader, [location], limit=20)
         verdict = unharmed(results, canary) or refused(results)
-        verdicts.append(Verdict(verdict.kind, f"{template.split()[0]}: {verdict.detail}"))
+        verdicts.append(verdict.of(template.split()[0]))
         if reader == OURS:
             verdicts.append(_planted_location(bench, location, canary))
-    verdicts.append(_environment(bench, reader))
-    return joined(verdicts)
+    return joined([*verdicts, *_redirects(bench, reader), _environment(bench, reader)])
 
 
 def _planted_location(bench: Bench, location: str, canary: Path) -> Verdict:
@@ -51,6 +71,37 @@ def _planted_location(bench: Bench, location: str, canary: Path) -> Verdict:
     copy.tars[0].unlink()
     results = bench.read(OURS, copy.path, limit=20)
     return unharmed(results, canary) or refused(results)
+
+
+def _redirects(bench: Bench, reader: str) -> list[Verdict]:
+    """A server that sends its readers elsewhere: nobody else is asked, no file is opened, no password is shown."""
+    found = pair(bench)
+    name = found.tars[0].name
+    with serving(found) as server, serving(found) as other:
+        targets = {
+            "another host": other.url(f"/{name}"),
+            "another host, with a password": other.url(f"/{name}", host=f"me:{SECRETS['user']}@localhost"),
+            "another scheme": f"https://127.0.0.1:{server.port}/{name}",
+            "a file": f"file://{found.tars[0]}",
+            "a link-local address": f"http://169.254.169.254/{name}",
+        }
+        each = []
+        for number, target in enumerate(targets.values()):
+            urls = put(server, found, f"/{number}")
+            server.put(f"/{number}/{name}", b"", then=redirect(target))
+            each.append(pointed(bench, reader, found, urls))
+        results = bench.trials.run(reader, each=each, batch_size=12, limit=20)
+        fired(all(server.fired[f"/{number}/{name}"] for number in range(len(targets))), "the server did not redirect")
+        verdicts = []
+        for kind, result in zip(targets, results, strict=True):
+            elsewhere = [event[-1] for event in result.events if event[0] == "socket.connect"]
+            elsewhere = [address for address in elsewhere if str(server.port) not in address]
+            followed = Verdict(SILENT, f"it asked {elsewhere[0]}") if elsewhere else None
+            verdicts.append(
+                (followed or leaked(SECRETS, [result]) or refused([result], name)).of(f"redirect to {kind}")
+            )
+        asked = sum(len(requests) for requests in other.requests.values())
+        return [*verdicts, Verdict(SILENT if asked else PASS, f"the other host was asked {asked} times")]
 
 
 def _environment(bench: Bench, reader: str) -> Verdict:
@@ -66,7 +117,7 @@ def _environment(bench: Bench, reader: str) -> Verdict:
     }
     results = bench.read(reader, bench.small.path, env=env)
     verdict = unharmed(results, canary) or delivered(results, bench.small.rows)
-    return Verdict(verdict.kind, f"environment: {verdict.detail}")
+    return verdict.of("environment")
 
 
 def recipes(bench: Bench, reader: str) -> Verdict:
@@ -101,7 +152,7 @@ def recipes(bench: Bench, reader: str) -> Verdict:
             verdict = Verdict(SILENT, "the environment variable was printed")
         if result.grown > 1 << 29:
             verdict = Verdict(SILENT, f"{result.grown >> 20} MiB were taken")
-        verdicts.append(Verdict(verdict.kind, f"{name}: {verdict.detail}"))
+        verdicts.append(verdict.of(name))
     return joined(verdicts)
 
 
@@ -154,7 +205,7 @@ def secrets(bench: Bench, reader: str) -> Verdict:
     fired(server.asked, "no reader asked the server")
     failed = sum(result.exit != 0 for result in results)
     fired(failed >= 10, f"only {failed} of {len(results)} runs ended with an error")
-    if leak := _leaked(results, written):
+    if leak := leaked(SECRETS, results, written):
         return leak
     hung = next((ended([result]) for result in results if result.hung or result.orphans), None)
     return hung or Verdict(PASS, f"{failed} errors, nothing of 6 secrets")
@@ -181,19 +232,8 @@ def nothing_there() -> Iterator[Any]:
         server.shutdown()
 
 
-def _leaked(results: list[Result], written: list[Path]) -> Verdict | None:
-    places: dict[str, Any] = {"the output": "".join(result.text for result in results)}
-    places["a command line"] = "".join(line for result in results for line in result.started())
-    places["a file"] = "".join(file.read_bytes().decode(errors="replace") for file in written)
-    for place, text in places.items():
-        for name, secret in SECRETS.items():
-            if secret in text:
-                return Verdict(SILENT, f"the secret of {name} stands in {place}")
-    return None
-
-
 CASES = (
-    Case("F5", "pipe:, other schemes, environment variables", locations),
+    Case("F5", "pipe:, file:, redirects, environment variables", locations),
     Case("F6", "recipes that execute, unfold or are mistaken", recipes),
     Case("F7", "six secrets through ten errors", secrets),
 )

@@ -35,7 +35,7 @@ from mim.data.augment import center, crop
 from mim.data.order import Order
 from mim.data.quarantine import Bad, Journal, read_quarantine
 from mim.data.shards import Dataset
-from mim.data.stream import loader
+from mim.data.stream import loader, to_device
 
 Emit = Callable[[list[Row], dict[str, Any]], None]  # one batch: its rows, and what else is known of it
 CODES = {ConfigError: 2, DataError: 65, StorageError: 74}  # as `mim` exits
@@ -81,7 +81,8 @@ def ours(trial: dict[str, Any], rank: int, emit: Emit) -> None:
     dataset = Dataset.open(trial["path"], **trial.get("store", {}))
     order = Order(dataset.id, dataset.counts, trial.get("seed", 0), repeats=trial.get("repeats", 1))
     journal = Journal(read_quarantine(dataset.path, dataset.id), dataset.counts, budget=trial.get("budget", 1e-4))
-    for one in trial.get("as_ranks", [rank]):
+    show = trial.get("show", False)  # also hand over the pixels of the first row
+    for one in trial.get("as_ranks", [rank if trial.get("world", 1) > 1 else 0]):
         for step, batch in enumerate(batches(trial, dataset, order, one, journal.bad), 1):
             journal.add(step, batch["bad"])
             rows = []
@@ -91,8 +92,15 @@ def ours(trial: dict[str, Any], rank: int, emit: Emit) -> None:
                 rows.append(
                     (number, zlib.crc32(batch["mask"][i].numpy().tobytes(), crc) if "mask" in batch else crc, label)
                 )
-            emit(rows, {"rank": one, "bad": batch["bad"]})
+            facts = {"rank": one, "bad": batch["bad"]}
+            emit(rows, facts | ({"pixels": shown(to_device(batch, torch.device("cpu"))["images"])} if show else {}))
             journal.collect(None, lambda found: found)
+            journal.check()
+
+
+def shown(images: torch.Tensor) -> list[Any]:
+    """The first of images (B, C, H, W) in [0, 1], as a network is given it: (H, W, C) from 0 to 255."""
+    return (255 * images[0]).permute(1, 2, 0).tolist()
 
 
 def batches(trial: dict[str, Any], dataset: Dataset, order: Order, rank: int, bad: dict[int, Bad]) -> Any:
@@ -138,7 +146,8 @@ def usual(trial: dict[str, Any], rank: int, emit: Emit) -> None:
         torch.utils.data.DataLoader(dataset, batch_size=batch_size, num_workers=trial.get("workers", 0))
     )
     for images, labels in _steps(batches, trial.get("num_steps"), *trial.get("resume", (0, 0))):
-        emit([row_of(image.numpy(), int(label)) for image, label in zip(images, labels, strict=True)], {})
+        rows = [row_of(image.numpy(), int(label)) for image, label in zip(images, labels, strict=True)]
+        emit(rows, {"pixels": images[0].tolist()} if trial.get("show") else {})
     accelerator.end_training()
 
 

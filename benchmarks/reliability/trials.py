@@ -10,6 +10,7 @@ behind is seen and ended.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import gc
 import json
 import os
@@ -32,6 +33,7 @@ from benchmarks.reliability.fixtures import Row
 ROOT = Path(__file__).parents[2]
 LIMIT = 30.0  # seconds for a trial, unless it says otherwise
 WATCHED = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "pickle.find_class", "socket.connect")
+NEW_MOUNTS, PRIVATE_MOUNTS = 0x20000, 0x44000  # CLONE_NEWNS; MS_REC | MS_PRIVATE
 
 
 @dataclass
@@ -71,12 +73,24 @@ class Trials:
         self.count = 0
         self.server: subprocess.Popen[str] | None = None
 
-    def run(self, reader: str, *, limit: float = LIMIT, processes: int = 1, **options: Any) -> list[Result]:
-        """Run a reader of `benchmarks.reliability.readers` in `processes` processes; ranks count from 0."""
+    def run(
+        self,
+        reader: str,
+        *,
+        limit: float = LIMIT,
+        processes: int = 1,
+        each: Sequence[dict[str, Any]] = (),
+        **options: Any,
+    ) -> list[Result]:
+        """Run a reader of `benchmarks.reliability.readers` in `processes` processes; ranks count from 0.
+
+        each: options of each process, where they are not the same.
+        """
+        each = each or [{}] * processes
         out = self.folder / f"trial-{self.count:05d}"
         out.mkdir(parents=True)
         self.count += 1
-        trial = {"reader": reader, "limit": limit, "processes": processes, "out": str(out), "port": free_port()}
+        trial = {"reader": reader, "limit": limit, "each": list(each), "out": str(out), "port": free_port()}
         server = self._started()
         assert server.stdin is not None
         assert server.stdout is not None
@@ -167,12 +181,12 @@ def serve() -> None:
     for line in sys.stdin:
         trial = json.loads(line)
         children = []
-        for rank in range(trial["processes"]):
+        for rank in range(len(trial["each"])):
             for name in ("output", "rows", "events"):
                 Path(trial["out"], f"{name}-{rank}.{'txt' if name == 'output' else 'jsonl'}").touch()
             pid = os.fork()
             if pid == 0:
-                _child(trial, rank, readers)
+                _child(trial | trial["each"][rank], rank, readers)
             children.append(pid)
         answers.write(json.dumps(_watch(children, trial["limit"])) + "\n")
         answers.flush()
@@ -234,6 +248,8 @@ def _child(trial: dict[str, Any], rank: int, readers: Any) -> None:
             rows.write(json.dumps([batch, facts]) + "\n")
             rows.flush()
 
+        if small := confine(trial):
+            os.write(events, (json.dumps(small) + "\n").encode())
         sys.addaudithook(audit)
         resident, before = _peak(), _bytes_read()
         if "variants" in trial:
@@ -250,6 +266,27 @@ def _child(trial: dict[str, Any], rank: int, readers: Any) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def confine(trial: dict[str, Any]) -> list[str]:
+    """Give this process, and what it starts, the small disk of a trial; return what it got as an event.
+
+    file_limit   bytes that no file can exceed: a disk that becomes full while something is written (EFBIG)
+    disk         [folder, bytes]: a file system of this size is mounted there, for this process alone (ENOSPC)
+    """
+    if "file_limit" in trial:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (trial["file_limit"],) * 2)
+        return ["file limit", str(trial["file_limit"])]
+    if "disk" in trial:
+        libc, (folder, size) = ctypes.CDLL(None, use_errno=True), trial["disk"]
+        options = f"size={size},mode=700".encode()
+        done = (
+            libc.unshare(NEW_MOUNTS) == 0
+            and libc.mount(b"none", b"/", None, PRIVATE_MOUNTS, None) == 0
+            and libc.mount(b"tmpfs", folder.encode(), b"tmpfs", 0, options) == 0
+        )
+        return ["disk", str(size)] if done else ["no disk", os.strerror(ctypes.get_errno())]
+    return []
 
 
 def _read_each(trial: dict[str, Any], rank: int, readers: Any) -> None:

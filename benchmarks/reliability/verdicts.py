@@ -11,7 +11,8 @@ skipped   a part that the case needs is not installed, or the case does not appl
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.reliability.fixtures import Row
@@ -24,6 +25,10 @@ WORST_FIRST = (INVALID, SILENT, HANG, LOUD, PASS, SKIPPED)
 class Verdict(NamedTuple):
     kind: str
     detail: str = ""
+
+    def of(self, name: object) -> Verdict:
+        """The same verdict, its detail saying of what."""
+        return Verdict(self.kind, f"{name}: {self.detail}")
 
 
 def joined(verdicts: Iterable[Verdict]) -> Verdict:
@@ -86,6 +91,20 @@ def refused(results: Sequence[Result], *naming: str, wanted: Collection[Row] | N
     if missing := [word for word in naming if not any(word in result.text for result in failed)]:
         return Verdict(LOUD, f"the error does not name {missing[0]!r}: {last_line(failed[0])}")
     return Verdict(PASS, last_line(failed[0]))
+
+
+def leaked(secrets: Mapping[str, str], results: Sequence[Result], written: Iterable[Path] = ()) -> Verdict | None:
+    """Judge that no secret stands in an output, on a command line or in a file; None when none does."""
+    places = {
+        "the output": "".join(result.text for result in results),
+        "a command line": "".join(line for result in results for line in result.started()),
+        "a file": "".join(file.read_bytes().decode(errors="replace") for file in written),
+    }
+    for place, text in places.items():
+        for name, secret in secrets.items():
+            if secret in text:
+                return Verdict(SILENT, f"the secret of {name} stands in {place}")
+    return None
 
 
 def last_line(result: Result) -> str:

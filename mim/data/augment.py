@@ -71,6 +71,35 @@ def center(
     return _render(image, box, sizes)
 
 
+def multi_crop(
+    image: Image,
+    rng: np.random.Generator,
+    sizes: Sizes,
+    *,
+    num_global: int = 2,
+    global_scale: tuple[float, float] = (0.4, 1.0),  # share of the area (DINO, appendix C; 0.25 in its longest runs)
+    num_local: int = 8,
+    local_scale: tuple[float, float] = (0.05, 0.4),
+    local_size: int = 96,  # pixels, square
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    hflip: float = 0.5,
+) -> dict[str, Tensor]:
+    """Several crops of one image (SwAV, arXiv 2006.09882, section 3.2; DINO, arXiv 2104.14294, section 3.1).
+
+    Returns `images` (V, C, H, W) at the run's size and `local_images` (n, C, h, w), each of a box and flip of its own.
+    """
+    whole = image.whole() if isinstance(image, Encoded) else image  # together the boxes cover most of it
+    kinds = {
+        "images": (num_global, global_scale, sizes[0]),
+        "local_images": (num_local, local_scale, (local_size,) * 2),
+    }
+    return {
+        name: torch.stack([crop(whole, rng, [size], scale=scale, ratio=ratio, hflip=hflip)[0] for _ in range(num)])
+        for name, (num, scale, size) in kinds.items()
+        if num
+    }
+
+
 def gray_crop(
     image: Image,
     rng: np.random.Generator,
@@ -116,21 +145,20 @@ def _render(image: Image, box: Box, sizes: Sizes) -> list[Tensor]:
         cut = image.cut(*box)
     else:
         cut = image[:, box.top : box.top + box.h, box.left : box.left + box.w]
-    return [_resize(cut, size) for size in sizes]
-
-
-def _resize(cut: Tensor, size: tuple[int, int]) -> Tensor:
-    """(C, H, W) -> (C, h, w)"""
-    if cut.shape[1:] == tuple(size):
-        return cut
     if cut.dtype == torch.uint8:
         # (1, C, H, W) over (H, W, C) memory, for which the kernel is fastest and which it keeps. The batch is added to
         # (H, W, C): added to (C, H, W) it gets a stride that torch does not take for this layout, and the result is
         # transposed, which costs as much as the resize.
         batch = cut.permute(1, 2, 0)[None].contiguous().permute(0, 3, 1, 2)
-        return F.interpolate(batch, size=size, mode="bicubic", antialias=True)[0]  # (C, h, w)
-    resized = F.interpolate(cut[None].float(), size=size, mode="bicubic", antialias=True)[0]  # (C, h, w)
-    return resized.round_().clamp_(0, 65535).to(torch.uint16) if cut.dtype == torch.uint16 else resized
+    else:
+        batch = cut[None].float()
+    return [cut if cut.shape[1:] == size else _resize(batch, size, cut.dtype) for size in map(torch.Size, sizes)]
+
+
+def _resize(batch: Tensor, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """(1, C, H, W) -> (C, h, w) of `dtype`"""
+    resized = F.interpolate(batch, size=size, mode="bicubic", antialias=True)[0]  # (C, h, w)
+    return resized.round_().clamp_(0, 65535).to(dtype) if dtype == torch.uint16 else resized
 
 
 def _gray(views: list[Tensor], rng: np.random.Generator) -> list[Tensor]:

@@ -17,6 +17,7 @@ faster way to the same pixels.
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,8 +49,9 @@ COLOUR_MODES = ("P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB"
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601
 
 
-def read_header(data: bytes) -> Header:
+def read_header(data: bytes | memoryview) -> Header:
     """Read format, channels, depth and size without decoding pixels. Raises BadImage."""
+    data = bytes(data)
     header = _own_header(data)
     if header is None:
         with _open(data) as image:
@@ -57,7 +59,7 @@ def read_header(data: bytes) -> Header:
     return header
 
 
-def decode(data: bytes, channels: int = 3, dtype: str = "uint8") -> Tensor:
+def decode(data: bytes | memoryview, channels: int = 3, dtype: str = "uint8") -> Tensor:
     """Decode an image fully. Returns (C, H, W) of `dtype`, a view of (H, W, C) memory as the resize kernel wants it."""
     _check_bytes(data)
     found = jpeg.parse(data)
@@ -66,6 +68,7 @@ def decode(data: bytes, channels: int = 3, dtype: str = "uint8") -> Tensor:
         _check_size(found.height, found.width, found.channels)
         pixels = jpeg.pixels(data, found)
     if found is None or pixels is None:
+        data = bytes(data)
         header = _own_header(data)
         pixels = _with_pillow(data) if header is None else _own_pixels(data, header)
     else:
@@ -73,7 +76,7 @@ def decode(data: bytes, channels: int = 3, dtype: str = "uint8") -> Tensor:
     return _tensor(pixels, channels, dtype)
 
 
-def open_image(data: bytes, channels: int = 3, dtype: str = "uint8") -> Tensor | Encoded:
+def open_image(data: bytes | memoryview, channels: int = 3, dtype: str = "uint8") -> Tensor | Encoded:
     """Decode an image, or leave it encoded where decoding a box of it is cheaper. Raises BadImage."""
     _check_bytes(data)
     found = jpeg.parse(data)
@@ -87,9 +90,10 @@ def open_image(data: bytes, channels: int = 3, dtype: str = "uint8") -> Tensor |
 class Encoded:
     """A JPEG of which boxes can be decoded: it has the shape of its tensor, and `cut` in the place of a slice."""
 
-    data: bytes
+    data: bytes | memoryview
     structure: jpeg.Jpeg
     channels: int
+    when_cut: Callable[[], None] | None = None  # called when a box was decoded, by who measures that apart
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -99,15 +103,19 @@ class Encoded:
         """Pixels (C, h, w) of a box, equal to those of full decoding. Raises BadImage."""
         pixels = jpeg.pixels(self.data, self.structure, (top, left, h, w))
         if pixels is None:
-            return decode(self.data, self.channels)[:, top : top + h, left : left + w]
-        return _tensor(pixels, self.channels, "uint8")
+            cut = decode(self.data, self.channels)[:, top : top + h, left : left + w]
+        else:
+            cut = _tensor(pixels, self.channels, "uint8")
+        if self.when_cut is not None:
+            self.when_cut()
+        return cut
 
     def whole(self) -> Tensor:
         """All pixels (C, H, W): cheaper than two boxes. Raises BadImage."""
         return decode(self.data, self.channels)
 
 
-def _check_bytes(data: bytes) -> None:
+def _check_bytes(data: bytes | memoryview) -> None:
     if len(data) > MAX_BYTES:
         raise BadImage(f"{len(data)} bytes exceed the limit of {MAX_BYTES}")
 
@@ -253,8 +261,8 @@ def _opaque(image: Image.Image) -> Image.Image:
 
 def _tensor(pixels: np.ndarray, channels: int, dtype: str) -> Tensor:
     """(H, W, c) -> (C, H, W) of `dtype`; the memory stays (H, W, C)."""
-    found = pixels.dtype.name
-    if found != dtype:
+    if pixels.dtype != np.dtype(dtype):
+        found = pixels.dtype.name
         if {found, dtype} - {"uint8", "uint16"}:
             raise BadImage(f"pixels of {found} where the dataset has {dtype}")
         pixels = pixels.astype(np.uint16) * 257 if dtype == "uint16" else (pixels >> 8).astype(np.uint8)

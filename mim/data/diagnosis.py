@@ -225,7 +225,7 @@ def _time_resized(renderer: stream.Renderer, order: AnyOrder, seconds: float) ->
     short = round(max(side for size in renderer.sizes for side in size) * MARGIN)
     slots = order.locate(np.arange(min(PROBES, order.num_samples)) * order.repeats)
     images = [
-        renderer.dataset.read(shard, row).image
+        bytes(renderer.dataset.read(shard, row).image)
         for shard, row in zip(slots.shard.tolist(), slots.row.tolist(), strict=True)
     ]
     pairs = [(data, smaller) for data in images if (smaller := _shrink(data, short, renderer.channels)) is not None]

@@ -5,67 +5,45 @@ once, so that sha256 and CRC32 prove all later reads. With `headers_only` a tar 
 and less is proven (`mim/data/shards.py`). What the samples are is told in `mim/data/members.py`; a sample without an
 image is left out by name, and what is ambiguous is refused, never guessed.
 
+A killed index goes on where it was (`mim/data/index_tar.py`). A tar may end with zeros, with which tar writers fill up
+a record; more of them are told, because there a tail may have been lost.
+
 Pixel statistics are those of a keyed sample of NUM_MEASURED images: decoding all takes longer than indexing. The lock
 says how many were measured.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL
-from tqdm import tqdm
 
 from mim import __version__
 from mim.config import ConfigError
-from mim.contracts import DataError, StorageError
+from mim.contracts import DataError
 from mim.data import tar
 from mim.data.decode import BadImage
-from mim.data.listing import IMAGE_ENDINGS
+from mim.data.index_tar import FINISHED, Options, Task, index_or_keep
 from mim.data.locations import expand, names
-from mim.data.members import Group, index_of, samples, save_index
 from mim.data.parts import WHOLE, Part, remove_parts
 from mim.data.picks import keyed_picks
 from mim.data.shards import FORMAT, LABEL_MEMBER, LOCK, Dataset, dataset_id, is_dataset, write_lock
 from mim.data.store import Store
-from mim.data.workers import pool
-from mim.data.write import Written, read_pixels, statistics_of
+from mim.data.workers import run_all
+from mim.data.write import Written, read_pixels, statistics_of, storing
 from mim.log import write_json
 
 NUM_MEASURED = 1000  # images whose pixels are measured
-MAX_LEFT_OUT = 100  # samples of one shard that the lock names; the others are counted
-MAX_LABEL = 20  # bytes of a label
-MAX_CLASSES = 1_000_000
 KIND = "index"
-PUBLIC = ("file", "url", "size", "sha256", "count", "proof", "headers_sha256")  # facts of a shard that the lock holds
-
-
-@dataclass(frozen=True)
-class Options:
-    """What decides an index, besides the tars."""
-
-    headers_only: bool = False
-    labels: str | None = None  # "cls", or None
-    image: str | None = None  # ending of the image member; None: whichever known one is there
-
-
-@dataclass(frozen=True)
-class Task:
-    """One tar to index."""
-
-    number: int
-    location: str
-    name: str
-    folder: Path
-    options: Options
+PUBLIC = ("file", "url", "size", "sha256", "count", "proof", "headers_sha256", "padding")  # what the lock holds of it
 
 
 @dataclass(frozen=True)
@@ -80,15 +58,26 @@ class IndexReport:
     proof: str  # bytes or headers
     left_out: list[dict[str, Any]]
     other_members: dict[str, int]  # members that nothing reads, by ending
+    padding: dict[str, int]  # zero bytes after the end of each tar that has more of them than tar writers leave
+    num_kept: int  # tars that an index before a stop had finished
+    num_stale: int  # the same, but the tar or the options have changed since
     seconds: float
+    images_per_second: float  # of the tars that were read now
 
     def text(self) -> str:
         """The report for people."""
-        rate = self.num_samples / max(self.seconds, 1e-9)
         lines = [
             f"{self.num_samples} samples in {self.num_shards} shards, {self.num_bytes / 1e6:.1f} MB, "
-            f"proven by {'every byte' if self.proof == 'bytes' else 'their headers'}, {rate:.0f} images/s: {self.path}"
+            f"proven by {'every byte' if self.proof == 'bytes' else 'their headers'}, "
+            f"{self.images_per_second:.0f} images/s: {self.path}"
         ]
+        if self.num_kept:
+            lines.append(f"{self.num_kept} of the shards were indexed before a stop, and were kept")
+        if self.num_stale:
+            lines.append(
+                f"{self.num_stale} of the shards were indexed anew: they or the options changed since the stop"
+            )
+        lines += tar.padding_told(self.padding)
         for entry in self.left_out[:10]:
             lines.append(f"left out {entry['file']}: {entry['reason']}")
         if len(self.left_out) > 10:
@@ -127,23 +116,23 @@ def index(
     ]
     digest = hashlib.sha256(repr((FORMAT, KIND, asdict(options), locations)).encode(errors="surrogateescape"))
     source = {"command": KIND, "hash": digest.hexdigest(), **asdict(options)}
-    try:
+    with storing(out):
         out.mkdir(parents=True, exist_ok=True)
         _check_free(out, tasks)
+        (out / FINISHED).mkdir(exist_ok=True)
         began = time.monotonic()
-        facts = _index_all((part or WHOLE).take(tasks), workers)
-        seconds = time.monotonic() - began
+        some = (part or WHOLE).take(tasks)
+        results = run_all(
+            index_or_keep, some, workers=workers, description="index", done=lambda _, result: result.facts["count"]
+        )
+        seconds = max(time.monotonic() - began, 1e-9)
+        facts = [result.facts for result in results]
         if part is None:
             finish(out, source, facts, workers)
         else:
             content = {"format": FORMAT, "kind": KIND, "source": source, "num_shards": len(tasks), "shards": facts}
             write_json(out / part.file(LOCK.removesuffix(".json")), content)
-    except FileExistsError as error:
-        raise ConfigError(f"{out} is a file; choose a folder") from error
-    except StorageError:
-        raise
-    except OSError as error:
-        raise StorageError(f"cannot write {out}: {error}") from error
+    read = sum(result.facts["count"] for result in results if not result.kept)
     return IndexReport(
         path=out,
         part=f"{part.number}/{part.count}" if part is not None else None,
@@ -153,7 +142,11 @@ def index(
         proof="headers" if headers_only else "bytes",
         left_out=[entry for fact in facts for entry in fact["left_out"]],
         other_members=dict(sum((Counter(fact["other"]) for fact in facts), Counter[str]()).most_common()),
+        padding={fact["file"]: fact["padding"] for fact in facts if "padding" in fact},
+        num_kept=sum(result.kept for result in results),
+        num_stale=sum(result.stale for result in results),
         seconds=round(seconds, 3),
+        images_per_second=round(read / seconds, 1),
     )
 
 
@@ -186,6 +179,7 @@ def finish(out: Path, source: dict[str, Any], facts: list[dict[str, Any]], worke
     lock["statistics"]["class_counts"] = [counts[i] for i in range(len(classes))] if classes is not None else None
     write_lock(out, lock)
     remove_parts(out, LOCK.removesuffix(".json"))
+    shutil.rmtree(out / FINISHED, ignore_errors=True)
 
 
 def _check_free(out: Path, tasks: list[Task]) -> None:
@@ -198,89 +192,16 @@ def _check_free(out: Path, tasks: list[Task]) -> None:
             raise ConfigError(f"{file} is an array of yours, and the index would replace it; choose another folder")
 
 
-def _index_all(tasks: list[Task], workers: int | None) -> list[dict[str, Any]]:
-    with (
-        tqdm(desc="index", unit=" images", disable=None) as bar,
-        pool(workers, len(tasks)) as processes,
-    ):
-        futures = [processes.submit(index_shard, task) for task in tasks]
-        for future in as_completed(futures):
-            if error := future.exception():
-                processes.shutdown(cancel_futures=True)
-                raise error
-            bar.update(future.result()["count"])
-    return [future.result() for future in futures]
-
-
-def index_shard(task: Task) -> dict[str, Any]:
-    """Index one tar; return its facts."""
-    store, digest, other = Store(), hashlib.sha256(), Counter[str]()
-    labelled = task.options.labels is not None
-    endings = (task.options.image,) if task.options.image else IMAGE_ENDINGS
-    keep = MAX_LABEL if labelled else 0
-    members = tar.scan(task.location, store=store, keep=keep, headers_only=task.options.headers_only, digest=digest)
-    facts: dict[str, Any] = {"number": task.number, "file": task.name, "url": task.location}
-    found, labels = set(), Counter[int]()
-    left_out: list[dict[str, Any]] = []
-    num_left_out = 0
-
-    def usable() -> Iterator[Group]:
-        nonlocal num_left_out
-        groups = samples(task.location, members, labelled=labelled, image_endings=endings, other=other)
-        for group in groups:
-            if group.reason:
-                num_left_out += 1
-                if num_left_out <= MAX_LEFT_OUT:
-                    left_out.append({"file": f"{task.name}/{group.key}", "reason": group.reason})
-                continue
-            found.add(group.ending)
-            if group.label is not None:
-                labels[_label(task.location, group)] += 1
-            yield group
-
-    rows = index_of(usable(), labelled=labelled)
-    if num_left_out > MAX_LEFT_OUT:
-        count = num_left_out - MAX_LEFT_OUT
-        left_out.append({"file": task.name, "reason": f"{count} more samples like these", "count": count})
-    if len(rows):
-        save_index((task.folder / task.name).with_suffix(".npy"), rows)
-    elif num_left_out or other:
-        raise _nothing_usable(task, other)
-    else:
-        left_out.append({"file": task.name, "reason": "the tar is empty"})
-    proof = {"sha256": None, "proof": "headers", "headers_sha256": digest.hexdigest()}
-    facts |= proof if task.options.headers_only else {"sha256": digest.hexdigest()}
-    facts |= {"size": store.size(task.location), "count": len(rows), "endings": sorted(found), "left_out": left_out}
-    return facts | {"class_counts": {str(label): labels[label] for label in sorted(labels)}, "other": dict(other)}
-
-
-def _label(location: str, group: Group) -> int:
-    assert group.label is not None
-    raw = group.label.data
-    if raw is None or not raw.strip().isdigit() or int(raw) >= MAX_CLASSES:
-        shown = raw if raw is not None else f"{group.label.size} bytes"
-        raise DataError(f"{location}: sample {group.key!r} has the label {shown!r}; a class number below a million is")
-    return int(raw)
-
-
-def _nothing_usable(task: Task, other: Counter[str]) -> DataError:
-    shown = ", ".join(f"{ending} ({count})" for ending, count in other.most_common(8))
-    wanted = f".{task.options.image}" if task.options.image else f"one of {', '.join(IMAGE_ENDINGS)}"
-    likely = next((ending for ending, _ in other.most_common() if ending.rpartition(".")[2] in IMAGE_ENDINGS), None)
-    remedy = f"; perhaps --image {likely}" if likely and not task.options.image else ""
-    return DataError(
-        f"{task.location}: no sample has an image ({wanted}, after the first dot of the name); found: {shown}{remedy}"
-    )
-
-
 def _measured(out: Path, lock: dict[str, Any], workers: int | None) -> dict[str, Any]:
     """Statistics of a keyed sample of the images."""
     dataset = Dataset(out, lock)
     picks = keyed_picks(len(dataset), NUM_MEASURED, "statistics")
     size = 50  # a task of some seconds even over a network
     chunks = [picks[start : start + size] for start in range(0, len(picks), size)]
-    with pool(workers, len(chunks)) as processes:
-        written = list(processes.map(_measure, [dataset] * len(chunks), chunks))
+    measure = functools.partial(_measure, dataset)
+    written = run_all(
+        measure, chunks, workers=workers, description="measure", total=len(picks), done=lambda chunk, _: len(chunk)
+    )
     measured = sum(one.count for one in written)
     if not measured:
         bad = written[0].left_out[0]

@@ -10,6 +10,7 @@ and it is clamped once, at its end.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from mim.data.decode import LUMA
@@ -32,14 +33,20 @@ def jitter_(views: list[Tensor], noise: Tensor, strength: float) -> None:
         _change_([view[rows] for view in views], factors[rows])
 
 
+def jitter_crops_(crops: list[Tensor], noise: Tensor, strength: float) -> None:
+    """Change the colours of crops (B, V, 3, h, w), in place: each crop by draws of its own."""
+    for number, crop in enumerate(crop for views in crops for crop in views.unbind(dim=1)):
+        jitter_([crop], noise + number, strength)
+
+
 def _change_(views: list[Tensor], factors: Tensor) -> None:
     brightness, contrast, saturation = factors.split(1, dim=1)  # (B, 1, 1, 1) each
     lumas = [_luma(view) for view in views]  # (B, 1, h, w)
     shift = (1 - contrast) * brightness * lumas[0].mean(dim=(2, 3), keepdim=True)
     gain = brightness * contrast
     for view, luma in zip(views, lumas, strict=True):
-        grayed = luma.mul_(gain * (1 - saturation)).add_(shift)
-        view.mul_(gain * saturation).add_(grayed).clamp_(0, 1)
+        grayed = torch.addcmul(shift, luma, gain * (1 - saturation))  # (B, 1, h, w)
+        torch.addcmul(grayed, view, gain * saturation, out=view).clamp_(0, 1)
 
 
 def _luma(view: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Join what the parts of `make`, `index` or `verify` left into one dataset, or one quarantine."""
+"""Join what the parts of `make`, `index` or `verify` left: into one dataset, or one report."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from mim.data import index, make, verify
 from mim.data.parts import read_parts
 from mim.data.plan import KIND
 from mim.data.shards import LOCK, is_dataset, read_lock
+from mim.data.verdict import VerifyReport
 
 
 @dataclass(frozen=True)
@@ -19,15 +20,22 @@ class JoinReport:
     """What `join` did."""
 
     path: Path
-    joined: str  # make, index, quarantine, or nothing
+    joined: str  # make, index, verify, or nothing
     num_samples: int
     num_quarantined: int | None
+    verified: list[VerifyReport]  # of OUT, or of OUT/train and OUT/val
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing is wrong, as far as it was verified."""
+        return all(report.clean for report in self.verified)
 
     def text(self) -> str:
         """The report for people."""
         done = "nothing to join, it is whole" if self.joined == "nothing" else f"joined the parts of {self.joined}"
         bad = "" if self.num_quarantined is None else f", {self.num_quarantined} of them in quarantine"
-        return f"{self.path}: {done}; {self.num_samples} samples{bad}"
+        lines = [f"{self.path}: {done}; {self.num_samples} samples{bad}"]
+        return "\n".join(lines + [report.text() for report in self.verified])
 
 
 def join(out: Path | str) -> JoinReport:
@@ -49,11 +57,12 @@ def join(out: Path | str) -> JoinReport:
     roots = [root for root in (out, out / "train", out / "val") if is_dataset(root)]
     if not roots:
         read_lock(out)  # says that this is no dataset
-    quarantined = [found for root in roots if (found := verify.join_quarantines(root)) is not None]
-    if quarantined and not parts:
-        joined = "quarantine"
+    verified = [report for root in roots if (report := verify.join(root)) is not None]
+    if verified and not parts:
+        joined = verify.STEM
+    quarantined = [report.num_quarantined for report in verified if report.num_quarantined is not None]
     samples = sum(shard["count"] for root in roots for shard in read_lock(root)["shards"])
-    return JoinReport(out, joined, samples, sum(quarantined) if quarantined else None)
+    return JoinReport(out, joined, samples, sum(quarantined) if quarantined else None, verified)
 
 
 def _join_index(out: Path, parts: list[dict[str, Any]]) -> None:

@@ -53,18 +53,18 @@ class Jpeg(NamedTuple):
     height_at: int  # offset of the frame's height
 
 
-def parse(data: bytes) -> Jpeg | None:
+def parse(data: bytes | memoryview) -> Jpeg | None:
     """Read the structure; None when anything is unusual or damaged, which is for Pillow to judge."""
     if data[:2] != SOI or data[-2:] != EOI:
         return None
-    place, frame, orientation = 2, None, 1
+    place, frame, described = 2, None, list[bytes]()
     try:
         while True:
             if data[place] != 0xFF:
                 return None
             marker = data[place + 1]
             (length,) = struct.unpack_from(">H", data, place + 2)
-            body = data[place + 4 : place + 2 + length]
+            body = bytes(data[place + 4 : place + 2 + length])
             if marker in OTHER_FRAMES or length < 2 or marker < 0xC0 or 0xD0 <= marker <= 0xD9:
                 return None
             if marker in SEQUENTIAL:
@@ -74,10 +74,7 @@ def parse(data: bytes) -> Jpeg | None:
                 if frame is None:
                     return None
             elif marker == APP1:
-                turned = _orientation(body)
-                if turned is None or (turned != 1 and orientation != 1):
-                    return None
-                orientation = max(orientation, turned)
+                described.append(body)
             elif marker == APP2 and body[:4] == b"MPF\0":
                 return None
             elif marker == SOS:
@@ -89,12 +86,13 @@ def parse(data: bytes) -> Jpeg | None:
         return None
     if body[-3:] != SEQUENTIAL_SCAN:
         return None
-    if not _only_restarts(data, place + 2 + length):
+    orientation = _orientation(described)
+    if orientation is None or not _only_restarts(data, place + 2 + length):
         return None
     return frame._replace(orientation=orientation)
 
 
-def pixels(data: bytes, jpeg: Jpeg, box: tuple[int, int, int, int] | None = None) -> np.ndarray | None:
+def pixels(data: bytes | memoryview, jpeg: Jpeg, box: tuple[int, int, int, int] | None = None) -> np.ndarray | None:
     """The stored pixels (h, w, C) of a box (top, left, h, w), or all, before EXIF turns them.
 
     None when Pillow must judge.
@@ -102,12 +100,12 @@ def pixels(data: bytes, jpeg: Jpeg, box: tuple[int, int, int, int] | None = None
     top, left, h, w = box or (0, 0, jpeg.height, jpeg.width)
     bottom = top + h
     rows = min(jpeg.height, -(-(bottom + CONTEXT) // jpeg.mcu_height) * jpeg.mcu_height)
+    shortened: bytes | bytearray | memoryview = data
     if rows < jpeg.height:
-        patched = bytearray(data)
-        patched[jpeg.height_at : jpeg.height_at + 2] = struct.pack(">H", rows)
-        data = bytes(patched)
+        shortened = bytearray(data)
+        shortened[jpeg.height_at : jpeg.height_at + 2] = struct.pack(">H", rows)
     try:
-        found = _decode(data, (rows, jpeg.width, jpeg.channels), reuse=box is not None)
+        found = _decode(shortened, (rows, jpeg.width, jpeg.channels), reuse=box is not None)
     except MemoryError:  # says something about the machine, not about the image
         raise
     except Exception:  # of any decoder: Pillow's verdict on the untouched file counts
@@ -117,7 +115,7 @@ def pixels(data: bytes, jpeg: Jpeg, box: tuple[int, int, int, int] | None = None
     return found if box is None else np.array(found[top:bottom, left : left + w])
 
 
-def _decode(data: bytes, shape: tuple[int, int, int], *, reuse: bool) -> np.ndarray:
+def _decode(data: bytes | bytearray | memoryview, shape: tuple[int, int, int], *, reuse: bool) -> np.ndarray:
     """All pixels; with `reuse` in memory that the next call of this thread overwrites."""
     if simplejpeg is not None:
         # not strict: what libjpeg repairs with a warning is accepted, as by Pillow
@@ -151,21 +149,28 @@ def _frame(body: bytes, start: int) -> Jpeg | None:
     return Jpeg(height, width, count, 1, mcu_height, start + 1)
 
 
-def _orientation(body: bytes) -> int | None:
-    """The orientation in an APP1 segment, 1 when it says none; None when it is for Pillow to read."""
-    if body[:6] == b"Exif\0\0":
-        exif = Image.Exif()
-        try:
-            exif.load(body)
-            found = exif.get(ORIENTATION, 1)
-        except Exception:  # a broken block counts as absent, as in decode.py
-            return None
-        return found if found in range(1, 9) else None
-    return None if body.startswith(XMP) and b"Orientation" in body else 1
+def _orientation(described: list[bytes]) -> int | None:
+    """The orientation in the APP1 segments, 1 when they say none; None when it is for Pillow to read."""
+    exifs = [body for body in described if body[:6] == b"Exif\0\0"]
+    if len(exifs) > 1:
+        return None
+    exif, found = Image.Exif(), None
+    try:
+        if exifs:
+            exif.load(exifs[0])
+            found = exif.get(ORIENTATION)
+    except Exception:  # a broken block counts as absent, as in decode.py
+        return None
+    if found is None and any(body.startswith(XMP) and b"Orientation" in body for body in described):
+        return None
+    return found if found in range(1, 9) else 1  # others turn nothing
 
 
-def _only_restarts(data: bytes, start: int) -> bool:
+def _only_restarts(data: bytes | memoryview, start: int) -> bool:
     """Whether the scan holds no marker but restarts before the end: every FF is stuffed, a restart, or the end."""
     scan = np.frombuffer(data, np.uint8, offset=start)
-    after = scan[np.flatnonzero(scan[:-2] == 0xFF) + 1]
+    after = (scan[:-2] == 0xFF).view(np.uint8)
+    after *= scan[1:-1]  # what follows an FF, 0 elsewhere and where it is stuffed
+    if not after.max(initial=0):  # no restarts: half the time of looking at each FF
+        return True
     return bool(((after == 0) | ((after >= 0xD0) & (after <= 0xD7))).all())

@@ -14,7 +14,8 @@ from pathlib import Path
 from braceexpand import braceexpand
 
 from mim.config import ConfigError
-from mim.data.location import SCHEMES, check_storable
+from mim.data.location import SCHEMES, check_storable, is_remote
+from mim.data.store import Store
 
 MAX_TARS = 1_000_000
 
@@ -35,6 +36,15 @@ def names(locations: list[str]) -> list[str]:
     if len({Path(name).with_suffix("").name for name in plain}) == len(plain):
         return plain
     return [f"{number:06d}-{name}" for number, name in enumerate(plain)]
+
+
+def mark(location: str, store: Store) -> str | None:
+    """What changes when a tar changes, known without reading it; None when its server tells nothing but the size."""
+    size = store.size(location)
+    if is_remote(location):
+        etag = store.remote.identify(location).etag
+        return f"{size} {etag}" if etag is not None else None
+    return f"{size} {os.stat(location).st_mtime_ns}"
 
 
 def _remote(url: str) -> list[str]:

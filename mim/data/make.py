@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from mim.config import ConfigError
-from mim.contracts import DataError, StorageError
+from mim.contracts import DataError
 from mim.data.listing import list_images
 from mim.data.parts import WHOLE, Part, remove_parts
 from mim.data.plan import PARTIAL, QUALITY, Options, Plan, identity_of, plan_of, shard_name
 from mim.data.shards import LOCK, is_dataset, read_lock
 from mim.data.sources import Source, from_folder, open_source
-from mim.data.write import Task, facts_file, finish, read_facts, write_shards
+from mim.data.write import Task, facts_file, finish, move_out, read_facts, storing, write_shards
 from mim.log import write_json
 
 LOCK_FILE = ".lock"  # in OUT: two processes that want the same dataset make it once
@@ -137,7 +137,7 @@ def join(out: Path, content: dict[str, Any]) -> MakeReport:
         return _report(plan, {}, reused=True)
     if missing := [file for files in targets.values() for file in files if not facts_file(file).is_file()]:
         raise DataError(f"{missing[0]} and {len(missing) - 1} more shards are not there; run their parts again")
-    with _storage(out), _exclusive(out, WHOLE):
+    with storing(out), _exclusive(out, WHOLE):
         _publish(plan, targets)
     return _report(plan, {}, reused=False)
 
@@ -149,7 +149,7 @@ def _make(
     tasks = (part or WHOLE).take([task for split in plan.splits.values() for task in split])
     num_images = sum(len(task.items) for task in tasks)
     budget = max(10, num_images // 100) if max_left_out is None else max_left_out
-    with _storage(out):
+    with storing(out):
         out.mkdir(parents=True, exist_ok=True)
         with _exclusive(out, part or WHOLE):
             reused = _already_made(plan)
@@ -198,25 +198,10 @@ def _publish(plan: Plan, targets: dict[str, list[Path]]) -> None:
         finish(plan.work / name, written, plan.classes, source, plan.left_out if i == 0 else [])
     for name, files in targets.items():
         (plan.out / name).mkdir(exist_ok=True)
-        for file in files:
-            for piece in (file, file.with_suffix(".npy")):
-                if piece.is_file():
-                    piece.rename(plan.out / name / piece.name)
+        move_out(files, plan.out / name)
         (plan.work / name / LOCK).rename(plan.out / name / LOCK)
     shutil.rmtree(plan.out / PARTIAL, ignore_errors=True)
     remove_parts(plan.out, STEM)
-
-
-@contextlib.contextmanager
-def _storage(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except FileExistsError as error:
-        raise ConfigError(f"{out} is a file; choose a folder that is empty or new") from error
-    except StorageError:
-        raise
-    except OSError as error:
-        raise StorageError(f"cannot make {out}: {error}") from error
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from array import array
 from collections import Counter
@@ -26,6 +25,7 @@ from mim.data.decode import MAX_BYTES
 from mim.data.listing import IMAGE_ENDINGS
 from mim.data.shards import LABEL_MEMBER, index_dtype, key_hash, split_name
 from mim.data.tar import Member
+from mim.log import aside
 
 META = re.compile(r"__[^/]*__($|/)")  # WebDataset's own rule
 BAD = "__bad__"
@@ -109,12 +109,8 @@ def index_of(groups: Iterable[Group], *, labelled: bool) -> np.ndarray:
 
 def save_index(file: Path, index: np.ndarray) -> None:
     """Write an index aside, then rename it."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    with temporary.open("wb") as handle:
+    with aside(file, "wb") as handle:
         np.save(handle, index, allow_pickle=False)
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.rename(file)
 
 
 def _group(

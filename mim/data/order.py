@@ -23,9 +23,10 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
+from numpy.random.bit_generator import ISeedSequence
 
 from mim.config import ConfigError
 
@@ -279,8 +280,18 @@ class Recent(Generic[T]):
         return self._values[name]
 
 
+class _Key(ISeedSequence):
+    """Hands Philox its key as a seed: given as a key, it comes after entropy of the system that is then thrown away."""
+
+    def __init__(self, name: tuple):
+        self._words = np.frombuffer(_hash(name, 16), dtype="<u8")
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint64) -> np.ndarray:
+        return self._words
+
+
 def _philox(*name: object) -> np.random.Philox:
-    return np.random.Philox(key=np.frombuffer(_hash(name, 16), dtype="<u8"))
+    return np.random.Philox(_Key(name))  # type: ignore[arg-type]  # the stubs forget ISeedSequence
 
 
 def _hash(name: tuple, size: int) -> bytes:

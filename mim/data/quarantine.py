@@ -84,8 +84,12 @@ class Journal:
         self.check()
 
     def restore(self, state: Iterable[dict[str, Any]]) -> None:
-        """Add what a checkpoint knew: a decoder that could read such a sample today must not change the stream."""
+        """Add what a checkpoint knew: a decoder that could read such a sample today must not change the stream.
+
+        Raises DataError when that is more than the budget accepts: then the budget is what stopped the run.
+        """
         self.bad |= {entry["sample"]: Bad(entry["key"], entry["reason"]) for entry in state}
+        self.check()
 
     def state(self) -> list[dict[str, Any]]:
         """All bad samples, as JSON for a checkpoint."""
@@ -96,26 +100,34 @@ class Journal:
         self._open += [{"step": step, **entry} for entry in met]
 
     def collect(self, log: RunLog | None, gather: Gather) -> None:
-        """Join the ranks' findings since the last call, write them, and stop above the budget (called on all ranks)."""
+        """Join the ranks' findings since the last call and write them (called on all ranks)."""
         for entry in sorted(gather(self._open), key=lambda entry: (entry["step"], entry["sample"])):
             self.bad.setdefault(entry["sample"], Bad(entry["key"], entry["reason"]))
             if log is not None:
                 log.write("bad", **entry)
         self._open = []
-        self.check()
 
     def check(self) -> None:
-        """Raise DataError when more samples are bad than the budget accepts, in the dataset or in one shard."""
+        """Raise DataError when more samples are bad than the budget accepts."""
+        if (excess := self.excess()) is not None:
+            raise DataError(excess)
+
+    def excess(self) -> str | None:
+        """Say what is too much when more samples are bad than the budget accepts, in the dataset or in one shard.
+
+        None while the budget holds. After `collect` all ranks say the same.
+        """
         numbers = np.array(sorted(self.bad), dtype=np.int64)
         total = int(self._ends[-1])
         if len(numbers) > (limit := self._limit(total, self.budget)):
-            raise DataError(self._message(numbers, f"of {total} samples, more than the {limit}", self.budget))
+            return self._message(numbers, f"of {total} samples, more than the {limit}", self.budget)
         shard = np.searchsorted(self._ends, numbers, side="right")
         for number, found in zip(*np.unique(shard, return_counts=True), strict=True):
             share, count = max(SHARD_SHARE, self.budget), int(self._counts[number])
             if found > (limit := self._limit(count, share)):
                 inside = numbers[shard == number]
-                raise DataError(self._message(inside, f"of the {count} samples of one shard, more than {limit}", share))
+                return self._message(inside, f"of the {count} samples of one shard, more than {limit}", share)
+        return None
 
     @staticmethod
     def _limit(num_samples: int, share: float) -> int:

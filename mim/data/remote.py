@@ -16,7 +16,6 @@ an object that was overwritten, and a trickle holds it. Proxy variables of the e
 from __future__ import annotations
 
 import contextlib
-import email.utils
 import functools
 import http.client
 import os
@@ -30,15 +29,15 @@ from typing import Any, NamedTuple
 from urllib.parse import quote, urljoin, urlsplit
 
 from mim.contracts import DataError, StorageError
-from mim.data.endpoint import Endpoints, Target
+from mim.data.endpoint import Endpoints
 from mim.data.location import redact
+from mim.data.refusals import Transient, check_redirect, check_status, same_host
 from mim.data.wire import PIECE, ForbiddenAddress, Patience, Wire, open_socket, reason
 
 MAX_REDIRECTS = 3
 MAX_CONNECTIONS = 8  # kept open, one per host
 REDIRECTS = (301, 302, 303, 307, 308)
 SAFE = "/%~!$&'()*+,;=:@"  # in a path that is already encoded (RFC 3986 3.3)
-TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 
 
 class Identity(NamedTuple):
@@ -46,15 +45,6 @@ class Identity(NamedTuple):
 
     size: int  # bytes
     etag: str | None  # of the server, or its Last-Modified
-
-
-class _Transient(Exception):
-    """A fault that another attempt may not meet."""
-
-    def __init__(self, reason: str, *, wait: float = 0.0, unreachable: bool = False):
-        super().__init__(reason)
-        self.wait = wait
-        self.unreachable = unreachable
 
 
 class _Answer(NamedTuple):
@@ -117,7 +107,7 @@ class Remote:
             tries += 1
             try:
                 return attempt(deadline)
-            except _Transient as fault:
+            except Transient as fault:
                 failures, before = (0, progress()) if progress() > before else (failures + 1, before)
                 wait = min(patience.first_wait * 2 ** min(failures, 20), patience.longest_wait)
                 wait *= self._jitter.uniform(0.5, 1)
@@ -138,7 +128,7 @@ class Remote:
                 self._check_range(url, answer.response, 0, 1)
 
     def _pieces(self, url: str, start: int, end: int, deadline: float) -> Iterator[bytes]:
-        """Yield the bytes [start, end), or fewer and then a _Transient."""
+        """Yield the bytes [start, end), or fewer and then a Transient."""
         with self._ask(url, start, end, deadline) as answer:
             response, left = answer.response, end - start
             self._check_range(url, response, start, end)
@@ -146,9 +136,9 @@ class Remote:
                 try:
                     piece = response.read1(min(PIECE, left))
                 except (OSError, http.client.HTTPException) as error:
-                    raise _Transient(reason(error)) from error
+                    raise Transient(reason(error)) from error
                 if not piece:
-                    raise _Transient(f"the connection ended {left} bytes early")
+                    raise Transient(f"the connection ended {left} bytes early")
                 left -= len(piece)
                 yield piece
             if response.length == 0 and not response.will_close:
@@ -166,13 +156,13 @@ class Remote:
         else:
             match = re.fullmatch(r"bytes (?:(\d+)-(\d+)|\*)/(\d+)", response.getheader("Content-Range", ""))
             if match is None:
-                raise _Transient("an answer without a Content-Range that gives the size")
+                raise Transient("an answer without a Content-Range that gives the size")
             first, last, size = (int(number or -1) for number in match.groups())
         self._recognise(url, response, size)
         if size < end:
             raise DataError(f"{shown} ends at byte {size}, {end - max(size, start)} bytes short; upload it again")
         if (first, last) != (start, end - 1):
-            raise _Transient(f"the range {first}-{last} instead of {start}-{end - 1}")
+            raise Transient(f"the range {first}-{last} instead of {start}-{end - 1}")
 
     def _recognise(self, url: str, response: http.client.HTTPResponse, size: int) -> None:
         """Hold an object to what was seen of it first."""
@@ -204,8 +194,8 @@ class Remote:
                 break
             answer.connection.close()
             location = urljoin(where, answer.response.getheader("Location", ""))
-            if not _same_host(where, location):
-                _check_redirect(url, target, location)
+            if not same_host(where, location):
+                check_redirect(url, target, location)
                 headers = {name: value for name, value in headers.items() if name != "Authorization"}
             where = location
         try:
@@ -224,17 +214,7 @@ class Remote:
                 f"{redact(url)} was overwritten (its ETag is no longer {self._seen[url].etag}); a shard must not "
                 f"change during a run"
             )
-        fact = f"the server answers {status} {http.client.responses.get(status, '')}".rstrip()
-        if status in TRANSIENT:
-            raise _Transient(fact, wait=_retry_after(response.getheader("Retry-After")))
-        remedy = {
-            401: "; it asks for credentials",
-            403: "; check the credentials and their rights",
-            404: "; check the address",
-        }.get(status, "")
-        if region := response.getheader("x-amz-bucket-region"):  # the usual reason, and S3 tells no other
-            remedy += f"; its bucket lies in {region}, set AWS_DEFAULT_REGION={region} if yours is another"
-        raise StorageError(f"cannot read {redact(url)}: {fact}{remedy}")
+        check_status(url, response)
 
     def _exchange(self, where: str, headers: dict[str, str], deadline: float, url: str) -> _Answer:
         """One request and the head of its answer. A kept connection that the server has closed is replaced at once."""
@@ -258,7 +238,7 @@ class Remote:
             except (OSError, http.client.HTTPException) as error:
                 connection.close()
                 if kept is None or isinstance(error, TimeoutError):
-                    raise _Transient(reason(error)) from error
+                    raise Transient(reason(error)) from error
             else:
                 self._answered.add(place)
                 return _Answer(response, place, connection)
@@ -270,7 +250,7 @@ class Remote:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
             addresses = list(dict.fromkeys(str(info[4][0]) for info in found))
         except OSError as failure:
-            raise _Transient(f"the name of the host is not known ({reason(failure)})", unreachable=new) from failure
+            raise Transient(f"the name of the host is not known ({reason(failure)})", unreachable=new) from failure
         for address in addresses:
             timeout = min(self.patience.connect, max(0.001, deadline - time.monotonic()))
             try:
@@ -281,7 +261,7 @@ class Remote:
                 raise StorageError(f"cannot read {redact(url)}: {reason(failure)}") from failure
             except OSError as failure:
                 error = failure
-        raise _Transient(f"no connection ({reason(error)})", unreachable=new) from error
+        raise Transient(f"no connection ({reason(error)})", unreachable=new) from error
 
     @functools.cached_property
     def _tls(self) -> ssl.SSLContext:
@@ -306,32 +286,3 @@ class Remote:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget()
-
-
-def _same_host(where: str, location: str) -> bool:
-    one, other = urlsplit(where), urlsplit(location)
-    return (one.scheme, one.netloc) == (other.scheme, other.netloc)
-
-
-def _check_redirect(url: str, target: Target, location: str) -> None:
-    """Let a service send us to the hosts of its own, over https; refuse every other host."""
-    parts = urlsplit(location)
-    host = parts.hostname or ""
-    if parts.scheme == "https" and "@" not in parts.netloc and host.endswith(target.redirect_domains or ("\0",)):
-        return
-    raise StorageError(
-        f"{redact(url)} redirects to {redact(location)}; redirects are followed inside one host and scheme only, so "
-        f"give the address that it leads to"
-    )
-
-
-def _retry_after(value: str | None) -> float:
-    """Seconds of a Retry-After header: a number or a date; 0 for anything else."""
-    if value is None:
-        return 0.0
-    if value.strip().isdigit():
-        return float(value)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
-        return 0.0

@@ -3,31 +3,45 @@
 Shards differ by at most one sample. Classes, statistics and what was left out stay; a quarantine moves along. Keys stay
 too, unless two shards of the dataset share one: then the shard's name becomes part of every key. Only the members of
 the schema are copied (image and label).
+
+As in `make`, nothing is visible in OUT before all is whole, and what a killed copy had finished is kept, under the hash
+of dataset and options.
 """
 
 from __future__ import annotations
 
-import itertools
+import hashlib
 import json
 import shutil
 import time
 from collections.abc import Iterator
-from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from mim import __version__
 from mim.config import ConfigError
-from mim.contracts import DataError, StorageError
-from mim.data import duplicates
+from mim.contracts import DataError
+from mim.data import duplicates, facts
+from mim.data.locations import mark
 from mim.data.plan import PARTIAL, shard_name
 from mim.data.shards import FORMAT, QUARANTINE, Dataset, dataset_id, is_dataset, read_lock, write_lock
-from mim.data.workers import opened, pool
-from mim.data.write import sample_of, store_shard
+from mim.data.store import Store
+from mim.data.workers import opened, run_all
+from mim.data.write import Written, facts_file, finished, move_out, sample_of, store_shard, storing
 from mim.log import write_json
+
+
+@dataclass(frozen=True)
+class Task:
+    """One shard to write: the samples `start` to `end` of the dataset at `path`."""
+
+    path: Path
+    target: Path
+    moved: Path  # where it lies when a killed copy had begun to move finished shards out
+    start: int
+    end: int
+    qualified: bool  # whether the old shard's name becomes part of every key
 
 
 @dataclass(frozen=True)
@@ -38,11 +52,18 @@ class ReshardReport:
     num_shards: int
     num_samples: int
     dataset_id: str
-    images_per_second: float
+    num_kept: int  # shards that a killed copy had finished
+    began_anew: bool  # OUT held an unfinished copy of other data, or into another number of shards
+    images_per_second: float  # copied now
 
     def text(self) -> str:
         """The report for people."""
-        return f"{self.num_samples} samples in {self.num_shards} shards, {self.images_per_second:.0f}/s: {self.path}"
+        lines = [f"{self.num_samples} samples in {self.num_shards} shards, {self.images_per_second:.0f}/s: {self.path}"]
+        if self.num_kept:
+            lines.append(f"{self.num_kept} of the shards were finished before a stop, and were kept")
+        if self.began_anew:
+            lines.append("began anew: what lay unfinished in OUT was of other data or another number of shards")
+        return "\n".join(lines)
 
 
 def reshard(path: str | Path, out: str | Path, *, num_shards: int, workers: int | None = None) -> ReshardReport:
@@ -51,24 +72,40 @@ def reshard(path: str | Path, out: str | Path, *, num_shards: int, workers: int 
     dataset, lock = Dataset.open(path), read_lock(path)
     if not 1 <= num_shards <= len(dataset):
         raise ConfigError(f"--shards {num_shards} must lie from 1 to the {len(dataset)} samples of {path}")
-    _check_free(out)
-    qualified = duplicates.shards_share_keys(dataset)
-    bounds = [len(dataset) * i // num_shards for i in range(num_shards + 1)]
-    work = out / PARTIAL
-    try:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
+    work = out / PARTIAL / _identity(dataset, lock, num_shards)
+    with storing(out):
+        if is_dataset(out) and work.is_dir():  # killed after the lock was written
+            shutil.rmtree(out / PARTIAL)
+            return ReshardReport(out, num_shards, len(dataset), read_lock(out)["dataset_id"], num_shards, False, 0.0)
+        _check_free(out)
+        qualified = duplicates.shards_share_keys(dataset)
+        began_anew = _remove_others(out, work)
+        work.mkdir(parents=True, exist_ok=True)
+        bounds = [len(dataset) * i // num_shards for i in range(num_shards + 1)]
+        tasks = [
+            Task(path, work / shard_name(i), out / shard_name(i), bounds[i], bounds[i + 1], qualified)
+            for i in range(num_shards)
+        ]
         began = time.monotonic()
-        shards = _copy_all(path, work, bounds, qualified, workers)
-        new_id = _finish(path, out, work, lock, shards, bounds)
-    except (StorageError, DataError):
-        raise
-    except OSError as error:
-        raise StorageError(f"cannot write {out}: {error}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    rate = round(len(dataset) / max(time.monotonic() - began, 1e-9), 1)
-    return ReshardReport(out, num_shards, len(dataset), new_id, rate)
+        try:
+            results = run_all(
+                _copy, tasks, workers=workers, description="reshard", total=len(dataset), done=lambda _, r: r[0].count
+            )
+        except DataError:  # of the dataset, not of this machine: nothing to go on from
+            shutil.rmtree(out / PARTIAL, ignore_errors=True)
+            raise
+        seconds = max(time.monotonic() - began, 1e-9)
+        new_id = _finish(path, out, work, lock, [written.entry() for written, _ in results], bounds)
+    copied = sum(written.count for written, kept in results if not kept)
+    return ReshardReport(
+        path=out,
+        num_shards=num_shards,
+        num_samples=len(dataset),
+        dataset_id=new_id,
+        num_kept=sum(kept for _, kept in results),
+        began_anew=began_anew,
+        images_per_second=round(copied / seconds, 1),
+    )
 
 
 def _check_free(out: Path) -> None:
@@ -79,37 +116,43 @@ def _check_free(out: Path) -> None:
         raise ConfigError(f"{out} is not empty; choose a folder that is empty or new")
 
 
-def _copy_all(path: Path, work: Path, bounds: list[int], qualified: bool, workers: int | None) -> list[dict[str, Any]]:
-    with (
-        tqdm(total=bounds[-1], desc="reshard", unit=" images", disable=None) as bar,
-        pool(workers, len(bounds) - 1) as processes,
-    ):
-        futures = [
-            processes.submit(_copy, path, work / shard_name(i), start, end, qualified)
-            for i, (start, end) in enumerate(itertools.pairwise(bounds))
-        ]
-        for future in as_completed(futures):
-            if error := future.exception():
-                processes.shutdown(cancel_futures=True)
-                raise error
-            bar.update(future.result()["count"])
-    return [future.result() for future in futures]
+def _identity(dataset: Dataset, lock: dict[str, Any], num_shards: int) -> str:
+    """Hash of what is copied, and how. Where no sha256 proves a shard, its size and time or ETag stand for it."""
+    store = Store()
+    unproven = [i for i, shard in enumerate(lock["shards"]) if shard["sha256"] is None]
+    marks = [mark(dataset.location(i), store) for i in unproven]
+    what = (FORMAT, __version__, lock["dataset_id"], marks, num_shards)
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
 
 
-def _copy(path: Path, target: Path, start: int, end: int, qualified: bool) -> dict[str, Any]:
-    """Write the samples `start` to `end` of a dataset as one shard; return its entry in the lock."""
-    dataset, _ = opened(path)
+def _remove_others(out: Path, work: Path) -> bool:
+    """Remove what an unfinished copy of other data or options left, also what it had moved out already."""
+    others = [other for other in work.parent.iterdir() if other != work] if work.parent.is_dir() else []
+    for other in others:
+        shutil.rmtree(other)
+    for file in out.glob("shard-*") if others else []:
+        file.unlink()
+    return bool(others)
+
+
+def _copy(task: Task) -> tuple[Written, bool]:
+    """Write one shard and its facts; return them, and whether a killed copy had finished it."""
+    if (kept := finished(task.target, task.moved)) is not None:
+        return kept, True
+    dataset, _ = opened(task.path)
 
     def samples() -> Iterator[dict[str, Any]]:
-        for number in range(start, end):
+        for number in range(task.start, task.end):
             shard, row = dataset.locate(number)
             sample = dataset.read(shard, row)
             file, _, key = sample.key.partition("/")
-            name = f"{Path(file).stem}/{key}" if qualified else key
+            name = f"{Path(file).stem}/{key}" if task.qualified else key
             yield sample_of(name, dataset.image_ending(shard, row), sample.image, sample.label)
 
-    size, sha256 = store_shard(target, samples(), labelled=dataset.classes is not None)
-    return {"file": target.name, "size": size, "sha256": sha256, "count": end - start}
+    size, sha256 = store_shard(task.target, samples(), labelled=dataset.classes is not None)
+    written = Written(task.target.name, size, sha256, task.end - task.start)
+    facts.save(facts_file(task.target), written)
+    return written, False
 
 
 def _finish(
@@ -117,9 +160,7 @@ def _finish(
 ) -> str:
     """Move the shards out, write the quarantine and, last, the lock; return the new identity."""
     new_id = dataset_id(shards, lock["schema"])
-    for shard in shards:
-        for name in (shard["file"], Path(shard["file"]).with_suffix(".npy").name):
-            (work / name).rename(out / name)
+    move_out([work / shard["file"] for shard in shards], out)
     old = path / QUARANTINE
     if old.is_file():
         quarantine = json.loads(old.read_bytes())
@@ -139,6 +180,7 @@ def _finish(
             "tool": {**lock["tool"], "mimstream": __version__},
         },
     )
+    shutil.rmtree(out / PARTIAL)
     return new_id
 
 

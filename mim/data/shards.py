@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +33,7 @@ from mim.data.decode import MAX_BYTES
 from mim.data.formats import DTYPES
 from mim.data.location import check_storable, is_remote
 from mim.data.store import Store
+from mim.log import write_json
 
 FORMAT = 1
 LOCK = "dataset.lock.json"
@@ -43,11 +43,21 @@ MAX_SPAN = 2 * MAX_BYTES  # of one sample, header and padding included: what one
 MEMBER = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4")])
 
 
+class Record(NamedTuple):
+    """What the index says of one sample."""
+
+    shard: int
+    key_hash: int
+    start: int  # the bytes that it fills: from the header of its first member
+    end: int  # to the end of its last
+    members: dict[str, tuple[int, int, int]]  # offset, size, CRC32
+
+
 class Sample(NamedTuple):
     """One verified sample as it was stored."""
 
     key: str  # "shard-00000.tar/<key>"
-    image: bytes
+    image: memoryview  # of what was read: nothing is copied
     label: int | None
 
 
@@ -73,8 +83,11 @@ class Dataset:
         self._proofs: list[str] = [shard.get("proof", "bytes") for shard in lock["shards"]]
         self._members = ["image", "label"] if self.classes is not None else ["image"]
         self._indices: dict[int, np.ndarray] = {}
-        found = [RemoteShard(location(path, shard), shard["size"], shard["sha256"]) for shard in lock["shards"]]
-        self.remote_shards = {i: shard for i, shard in enumerate(found) if is_remote(shard.url)}  # by their number
+        self.remote_shards = {  # by their number
+            number: RemoteShard(url, shard["size"], shard["sha256"])
+            for number, (url, shard) in enumerate(zip(self._locations, lock["shards"], strict=True))
+            if is_remote(url)
+        }
         self.cache = cache or ShardCache()
         self._store = Store(cache=self.cache, cached=self.remote_shards.values())
 
@@ -126,84 +139,74 @@ class Dataset:
         A damaged copy in the cache is fetched again, once.
         """
         try:
-            return self._read(shard, row)
+            return self.read_with(self._store, shard, row)
         except DataError:
             if not self._store.recheck(self._locations[shard]):
                 raise
-            return self._read(shard, row)
-
-    def _read(self, shard: int, row: int) -> Sample:
-        start, end = self.span(shard, row)
-        return self.unpack(shard, row, self._store.pread(self._locations[shard], start, end - start))
+            return self.read_with(self._store, shard, row)
 
     def read_with(self, store: Store, shard: int, row: int) -> Sample:
         """`read` through a store of the caller's own, for a few samples of a shard that may be far away."""
-        start, end = self.span(shard, row)
-        return self.unpack(shard, row, store.pread(self._locations[shard], start, end - start))
+        record = self.record(shard, row)
+        return self.unpack(record, store.pread(self._locations[shard], record.start, record.end - record.start))
 
-    def span(self, shard: int, row: int) -> tuple[int, int]:
-        """Return the bytes that a sample fills: from the header of its first member to the end of its last."""
-        members = self._record(shard, row)[1].values()
-        start = min(offset for offset, _, _ in members) - tar.BLOCK
-        end = max(offset + size for offset, size, _ in members)
+    def record(self, shard: int, row: int) -> Record:
+        """Look a sample up in the index. Raises DataError when that cannot be true."""
+        key, *found = self.index(shard)[row].item()
+        start = min([offset for offset, _, _ in found]) - tar.BLOCK
+        end = max([offset + size for offset, size, _ in found])
         if not (0 <= start <= end <= self._sizes[shard] and end - start <= MAX_SPAN):
             raise DataError(
                 f"{self._locations[shard]}, row {row}: the index is wrong, it leaves the shard; copy the dataset again"
             )
-        return start, end
+        return Record(shard, key, start, end, dict(zip(self._members, found, strict=True)))
 
-    def unpack(self, shard: int, row: int, data: bytes) -> Sample:
-        """Verify the bytes of `span` and take them apart. Raises DataError on any difference from the index."""
-        expected, members = self._record(shard, row)
-        start = min(offset for offset, _, _ in members.values()) - tar.BLOCK
-        key = self._key(shard, start, data, expected)
+    def unpack(self, record: Record, data: bytes) -> Sample:
+        """Verify the bytes that a record spans and take them apart. Raises DataError on any difference from it."""
+        shard, start = record.shard, record.start
+        key = self._key(record, start, data[: tar.BLOCK])
         where = f"{self._locations[shard]}, sample {key!r}"
-        if key_hash(key) != expected:
+        if key_hash(key) != record.key_hash:
             raise DataError(f"{where}: the header differs from the index; the shard is damaged, copy it again")
-        content = {}
-        for name, (offset, size, crc) in members.items():
-            content[name] = data[offset - start : offset - start + size]
+        view, content = memoryview(data), {}
+        for name, (offset, size, crc) in record.members.items():
+            at = offset - start  # of the member in `data`
+            content[name] = view[at : at + size]
             if self._proofs[shard] == "headers":
-                header = data[offset - start - tar.BLOCK : offset - start]
-                of = split_name(self._name(shard, offset - tar.BLOCK, header, expected))[0]
-                if tar.parse(header, where, offset - tar.BLOCK)[0] != size or key_hash(of) != expected:
+                header = data[at - tar.BLOCK : at]
+                of = self._key(record, offset - tar.BLOCK, header)
+                if tar.parse(header, where, offset - tar.BLOCK)[0] != size or key_hash(of) != record.key_hash:
                     raise DataError(f"{where}: the header of the {name} differs from the index; index the shard again")
             elif crc32(content[name]) != crc:
                 raise DataError(
                     f"{where}: CRC32 of the {name} differs from the index; the shard is damaged, copy it again"
                 )
-        label = self._label(content["label"], where) if "label" in content else None
+        label = self._label(bytes(content["label"]), where) if "label" in content else None
         return Sample(f"{self._files[shard]}/{key}", content["image"], label)
 
     def image_ending(self, shard: int, row: int) -> str:
         """The ending of a sample's image member, as it is spelled."""
-        expected, members = self._record(shard, row)
-        start = members["image"][0] - tar.BLOCK
-        header = self._store.pread(self._locations[shard], start, tar.BLOCK)
-        return split_name(self._name(shard, start, header, expected))[1]
+        record = self.record(shard, row)
+        start = record.members["image"][0] - tar.BLOCK
+        return split_name(self._name(record, start, self._store.pread(self._locations[shard], start, tar.BLOCK)))[1]
 
     def locate(self, sample: int) -> tuple[int, int]:
         """(shard, row) of a sample by its number in the order of the lock."""
-        shard = int(np.searchsorted(self._ends, sample, side="right"))
-        return shard, int(sample - (self._ends[shard] - self.counts[shard]))
+        shard, row = locate(self._ends, sample)
+        return int(shard), int(row)
 
-    def _record(self, shard: int, row: int) -> tuple[int, dict[str, tuple[int, int, int]]]:
-        """Hash of the key, and (offset, size, crc32) of each member."""
-        record = self.index(shard)[row]
-        return record["key"].item(), {name: record[name].item() for name in self._members}
-
-    def _key(self, shard: int, start: int, data: bytes, expected: int) -> str:
+    def _key(self, record: Record, start: int, header: bytes) -> str:
         """The key in the header at `start`, or in the record before it, where long and non-ASCII names stand."""
-        return split_name(self._name(shard, start, data[: tar.BLOCK], expected))[0]
+        return split_name(self._name(record, start, header))[0]
 
-    def _name(self, shard: int, start: int, header: bytes, expected: int) -> str:
-        """The name of the member whose header is at `start`."""
+    def _name(self, record: Record, start: int, header: bytes) -> str:
+        """The name of the member of a record whose header is at `start`."""
         name = tar.name_of(header)
-        if key_hash(split_name(name)[0]) == expected:
+        if key_hash(split_name(name)[0]) == record.key_hash:
             return name
         before = max(0, start - tar.MAX_EXTENSION - tar.BLOCK)
-        record = self._store.pread(self._locations[shard], before, start - before) if start else b""
-        return tar.long_name_before(record) or name
+        extension = self._store.pread(self._locations[record.shard], before, start - before) if start else b""
+        return tar.long_name_before(extension) or name
 
     def _label(self, raw: bytes, where: str) -> int:
         assert self.classes is not None
@@ -225,7 +228,7 @@ class Dataset:
                 raise DataError(f"{file} is missing or no index ({error}); copy the dataset again") from error
             if index.dtype != index_dtype(self._members) or index.shape != (self.counts[shard],):
                 raise DataError(f"{file} does not belong to the {self.counts[shard]} samples of its shard")
-            self._indices[shard] = index
+            self._indices[shard] = index.view(np.ndarray)  # still mapped; rows of a memmap are slow to take
         return self._indices[shard]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -237,6 +240,12 @@ def location(path: Path, shard: dict[str, Any]) -> str:
     if shard.get("url"):
         return shard["url"]
     return f"{path}/{shard['file']}" if path.is_absolute() else f"./{path}/{shard['file']}"
+
+
+def locate(ends: np.ndarray, samples: Any) -> tuple[Any, Any]:
+    """Shard and row of a sample, or of an array of them, where shard i ends before sample `ends[i]`."""
+    shard = np.searchsorted(ends, samples, side="right")
+    return shard, samples - np.where(shard > 0, ends[shard - 1], 0)
 
 
 def is_dataset(path: str | Path) -> bool:
@@ -294,14 +303,9 @@ def read_lock(path: Path) -> dict[str, Any]:
 
 
 def write_lock(path: Path, lock: dict[str, Any]) -> None:
-    """Write the lock under a temporary name, then rename: a dataset folder has a whole lock or none."""
+    """Write the lock: a dataset folder has a whole one or none."""
     _check_locations(path / LOCK, lock)
-    temporary = path / f"{LOCK}.tmp"
-    with temporary.open("w", encoding="ascii") as file:
-        file.write(json.dumps(lock, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path / LOCK)
+    write_json(path / LOCK, lock)
 
 
 def _check_locations(file: Path, lock: dict[str, Any]) -> None:

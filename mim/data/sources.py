@@ -7,6 +7,7 @@ process asks for their bytes.
     .csv .tsv .txt .lst         path[,label] per line, paths relative to the list; the first line is a header when its
                                 first field has no ending of an image: then columns may be named path and label
     .tar, folder of tars, URL   (a folder without images) existing WebDatasets; labels from the member .cls when asked
+                                also a dataset folder of ours
     folder of save_to_disk      Hugging Face `datasets` (needs mimstream[hf]); labels from a column when asked
 """
 
@@ -22,6 +23,7 @@ from typing import Any, Protocol
 
 from mim.config import ConfigError
 from mim.data.listing import IMAGE_ENDINGS, Listing, class_of, list_images, sample_keys
+from mim.data.shards import is_dataset
 
 LIST_ENDINGS = {".csv": ",", ".tsv": "\t", ".txt": ",", ".lst": ","}  # and what separates their fields
 PATH_COLUMNS = ("path", "file", "filename", "image")
@@ -148,7 +150,9 @@ def from_list(file: Path) -> Source:
 
 
 def _images_of(folder: Path) -> Listing | None:
-    """The images of a folder; None when it has none, or is none."""
+    """The images of a folder; None when it has none, or is none, or holds shards: their indices are arrays too."""
+    if any(is_dataset(place) for place in (folder, folder / "train", folder / "val")):
+        return None
     try:
         return list_images(folder)
     except ConfigError:

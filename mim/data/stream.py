@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Union
 
 import numpy as np
@@ -24,17 +24,18 @@ from mim.contracts import Batch, DataError
 from mim.data.augment import Image, Sizes
 from mim.data.decode import BadImage, Encoded, open_image
 from mim.data.formats import DTYPES
-from mim.data.jitter import jitter_
+from mim.data.jitter import jitter_, jitter_crops_
 from mim.data.mixture import AnyDataset, AnyOrder, bad_samples
 from mim.data.order import MicroBatch, Place, Plan, Slots, key64, permutation, rng
 from mim.data.prefetch import Prefetcher
 from mim.data.quarantine import Bad
-from mim.data.shards import Sample
+from mim.data.shards import Sample, locate
 from mim.data.signals import stay_until_told
 from mim.data.stages import Clock
 from mim.log import say
 
-View = Callable[[Image, np.random.Generator, Sizes], list[Tensor]]
+Shows = list[Tensor] | dict[str, Tensor]  # a view of each size, or crops (V, C, h, w) by their field in the batch
+View = Callable[[Image, np.random.Generator, Sizes], Shows]
 Mask = Callable[[np.random.Generator], "np.ndarray | Tensor"]  # -> (N,) bool
 Substitute = Callable[[int, int], Place]  # (row of the batch, attempt) -> the sample that takes its place
 
@@ -42,6 +43,7 @@ EVALUATION = -1  # the epoch in the names of evaluation's draws: no epoch of tra
 PREFETCH = 4  # micro-batches per worker
 ATTEMPTS = 8  # substitutes tried for a bad sample
 VIEWS = ("images", "tokenizer_images")
+CROPS = ("images", "local_images")
 FINGERPRINT_MODULUS = 2**63
 
 
@@ -108,10 +110,6 @@ class Renderer:
         Rows beyond those of `slots` copy the first row with weight 0. Without `substitute`, a bad sample is DataError.
         """
         batch: Batch = {"keys": [], "samples": [], "bad": []}
-        for name, (h, w) in zip(VIEWS, self.sizes):  # noqa: B905  the second size is optional
-            # Rows are (H, W, C) in memory, as the decoder leaves them: transposing would cost more than copying.
-            rows = torch.empty((size, h, w, self.channels), dtype=getattr(torch, self.dataset.dtype))
-            batch[name] = rows.permute(0, 3, 1, 2)  # (B, C, H, W)
         batch["range"] = value_range(self.dataset, self.channels)
         if self.jitter:
             batch["jitter"] = self.jitter
@@ -148,7 +146,12 @@ class Renderer:
             if self.mask is not None:
                 masks.append(torch.as_tensor(self.mask(rng("mask", *name)), dtype=torch.bool))
             clock.done("augment")
-            for field_, view in zip(VIEWS, views):  # noqa: B905
+            named = views if isinstance(views, dict) else dict(zip(VIEWS, views))  # noqa: B905  one view or two
+            for field_, view in named.items():
+                if field_ not in batch:
+                    # Rows are (h, w, C) in memory, as the decoder leaves them: transposing costs more than copying.
+                    rows = _fresh((len(batch["weight"]), *view.movedim(-3, -1).shape), self.dataset.dtype)
+                    batch[field_] = rows.movedim(-1, -3)  # (B, C, h, w) or (B, V, C, h, w)
                 batch[field_][row] = view
             batch["noise"][row] = key64("noise", *name)
             if shown.label is not None:
@@ -174,7 +177,7 @@ class Renderer:
         clock: Clock,
         *,
         several: bool,  # further draws of it follow
-    ) -> tuple[Shown, list[Tensor]]:
+    ) -> tuple[Shown, Shows]:
         """Read, decode and view the sample of a slot or, when it is bad, the first of its substitutes that is not.
 
         The bad ones are added to `met`: sample, key, reason, substitute. Raises DataError when none can be decoded.
@@ -193,7 +196,7 @@ class Renderer:
             sample = self.dataset.read(place.shard, place.row)
             clock.done("read")
             try:
-                image = self._open(sample, several=several)
+                image = self._open(sample, clock, several=several)
                 clock.done("decode")
                 views = self.view(image, rng("view", *name), self.sizes)
             except BadImage as error:
@@ -209,10 +212,12 @@ class Renderer:
             f"dataset, which names all such images, or make the shards again without them"
         )
 
-    def _open(self, sample: Sample, *, several: bool) -> Image:
-        """The image of a sample, decoded whole when several draws of it follow."""
+    def _open(self, sample: Sample, clock: Clock, *, several: bool) -> Image:
+        """The image of a sample, decoded whole when several draws of it follow, else perhaps when a box is cut."""
         image = open_image(sample.image, self.channels, self.dataset.dtype)
-        return image.whole() if several and isinstance(image, Encoded) else image
+        if not isinstance(image, Encoded):
+            return image
+        return image.whole() if several else replace(image, when_cut=functools.partial(clock.done, "decode"))
 
 
 class Shown(NamedTuple):
@@ -256,8 +261,7 @@ class Evaluation(torch_data.Dataset[Batch]):
         self._ends = np.cumsum(renderer.dataset.counts)
 
     def __getitem__(self, samples: np.ndarray) -> Batch:
-        shard = np.searchsorted(self._ends, samples, side="right")
-        row = samples - (self._ends[shard] - self.renderer.dataset.counts[shard])
+        shard, row = locate(self._ends, samples)
         epoch = np.full_like(samples, EVALUATION)
         slots = Slots(epoch, shard, row, samples, np.zeros_like(samples))
         batch = self.renderer.render(slots, len(samples), len(samples))
@@ -343,22 +347,30 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     """
     moved: Batch = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
     limits, strength = moved.pop("range"), moved.pop("jitter", 0.0)
-    names = [name for name in VIEWS if name in moved]
-    views = [_unit(moved[name], limits) for name in names]
-    if strength:
-        jitter_(views, moved["noise"], strength)
-    moved.update(zip(names, views, strict=True))
-    return moved
+    views = {name: _unit(moved[name], limits) for name in {*VIEWS, *CROPS} if name in moved}
+    if strength and views["images"].ndim == 4:  # two sizes of one crop: their colours change alike
+        jitter_([views[name] for name in VIEWS if name in views], moved["noise"], strength)
+    elif strength:
+        jitter_crops_([views[name] for name in CROPS if name in views], moved["noise"], strength)
+    return moved | views
 
 
 def _unit(raw: Tensor, limits: list[list[float]]) -> Tensor:
     """Raw pixels (B, C, H, W) -> float32 in [0, 1]; what lies outside the limits is clamped."""
-    pixels = raw.to(memory_format=torch.contiguous_format, dtype=torch.float32)
+    on_cpu = raw.device.type == "cpu"
+    pixels = _fresh(raw.shape, "float32") if on_cpu else torch.empty(raw.shape, device=raw.device)
+    pixels.copy_(raw)
     white = DTYPES[str(raw.dtype).removeprefix("torch.")]
     if not raw.is_floating_point() and all(list(pair) == [0, white] for pair in limits):
-        return pixels.div_(white)  # in place: a second batch of fresh pages costs more than the conversion
+        return pixels.div_(white)
     low, high = torch.tensor(limits, device=raw.device).T[:, :, None, None]  # (C, 1, 1) each
-    return (pixels - low).div_(high - low).clamp_(0, 1)
+    return pixels.sub_(low).div_(high - low).clamp_(0, 1)
+
+
+def _fresh(shape: tuple[int, ...], dtype: str) -> Tensor:
+    """Memory for a batch on the CPU, not initialised. NumPy asks for huge pages; to get as many small ones as torch
+    would costs more than what is then written into them."""
+    return torch.from_numpy(np.empty(shape, dtype))
 
 
 def _in_order(

@@ -11,15 +11,16 @@ listed by ranges, without CRC32.
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mim.contracts import DataError
+from mim.data import checksum
 from mim.data.store import Store
 
 BLOCK = 512
+RECORD = 20 * BLOCK  # what tar writers fill up with zeros
 MAX_EXTENSION = 64 * 1024  # bytes of one pax or long-name record; real ones hold a path
 MAX_NAME = 255  # bytes
 MAX_MEMBERS = 1 << 20  # of one tar: bounds what a listing of it can take in memory
@@ -118,8 +119,11 @@ def scan(
     keep: int = 0,  # bytes: the data of members up to this size comes with them
     headers_only: bool = False,
     digest: Any = None,  # of hashlib: sees the whole file; with `headers_only`, headers and name records
-) -> Iterator[Member]:
-    """Yield the regular files of a tar in order; raise DataError with file and offset on anything unexpected."""
+) -> Generator[Member, None, int]:
+    """Yield the regular files of a tar in order; raise DataError with file and offset on anything unexpected.
+
+    Returns how many zero bytes follow the end: tar writers fill up a record (RECORD), a lost tail may be longer.
+    """
     chunk = HEADERS_CHUNK if headers_only else CHUNK
     file = Forward(str(location), store or Store(), digest=None if headers_only else digest, chunk=chunk)
     see = digest.update if headers_only and digest is not None else lambda _: None
@@ -134,8 +138,7 @@ def scan(
         header = file.take(BLOCK)
         see(header)
         if not any(header):
-            _check_end(file, at)
-            return
+            return _check_end(file, at)
         size, kind = parse(header, path, at)
         if long_size is not None:
             size, long_size = long_size, None
@@ -214,14 +217,14 @@ def _content(file: Forward, size: int, *, keep: int, headers_only: bool) -> tupl
     crc32, data = 0, None
     if size <= keep:
         data = file.take(size)
-        crc32 = 0 if headers_only else zlib.crc32(data)
+        crc32 = 0 if headers_only else checksum.crc32(data)
     elif headers_only:
         file.skip(size)
     else:
         left = size
         while left:
             piece = file.take(min(left, CHUNK))
-            crc32, left = zlib.crc32(piece, crc32), left - len(piece)
+            crc32, left = checksum.crc32(piece, crc32), left - len(piece)
     if headers_only and size > keep:
         file.skip(-size % BLOCK)
     else:
@@ -229,14 +232,19 @@ def _content(file: Forward, size: int, *, keep: int, headers_only: bool) -> tupl
     return crc32, data
 
 
-def _check_end(file: Forward, at: int) -> None:
-    """A tar ends with two zero blocks and nothing after them: a member hidden behind the end would be lost silently."""
+def _check_end(file: Forward, at: int) -> int:
+    """A tar ends with two zero blocks and only zeros after them: a member hidden there would be lost silently.
+
+    Returns the number of these zeros.
+    """
     if file.at + BLOCK > file.size or any(file.take(BLOCK)):
         raise refusal(file.location, at, "one zero block where the end needs two; the file is truncated or damaged")
+    padding = file.size - file.at
     while left := file.size - file.at:
         rest = file.take(min(left, CHUNK))
         if rest.count(0) != len(rest):
             raise refusal(file.location, at, "data follows the end of the archive (were two tars concatenated?)")
+    return padding
 
 
 def _checked_name(raw: bytes, path: str, at: int) -> str:
@@ -270,3 +278,12 @@ def _octal(field: bytes) -> int:
 def refusal(path: str, at: int, reason: str) -> DataError:
     """What is wrong with a file at a byte, as the error that says so."""
     return DataError(f"{path}, byte {at}: {reason}")
+
+
+def padding_told(padding: dict[str, int]) -> list[str]:
+    """Lines for people about tars that end with more zeros than tar writers leave."""
+    return [
+        f"warning: {count} zero bytes follow the end of {file}, more than the {RECORD} that tar writers leave; if "
+        f"its tail was lost, samples are missing: compare it with its origin"
+        for file, count in padding.items()
+    ]

@@ -9,14 +9,18 @@ import functools
 import os
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from tqdm import tqdm
 
 from mim.data.shards import Dataset, read_lock
 
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 WATCH = 0.2  # seconds between two looks at the parent
 
 
@@ -24,6 +28,34 @@ def pool(workers: int | None, num_tasks: int) -> ProcessPoolExecutor:
     """As many processes as asked for (default: one per allowed CPU), and no more than there are tasks."""
     count = max(1, min(workers or len(os.sched_getaffinity(0)), num_tasks))
     return ProcessPoolExecutor(count, initializer=_begin, initargs=(os.getpid(),))
+
+
+def run_all(
+    function: Callable[[Task], Result],
+    tasks: Sequence[Task],
+    *,
+    workers: int | None,
+    description: str,
+    done: Callable[[Task, Result], int],
+    total: int | None = None,
+) -> list[Result]:
+    """Run a function on every task, in processes, beside a bar of images; return the results in the tasks' order.
+
+    done: sees every result as it comes and returns its images. total: images of all tasks, if it is known. The first
+    error, also one of `done`, ends all: what runs is waited for, what waits is not begun.
+    """
+    with (
+        tqdm(total=total, desc=description, unit=" images", disable=None) as bar,
+        pool(workers, len(tasks)) as processes,
+    ):
+        futures = {processes.submit(function, task): task for task in tasks}
+        try:
+            for future in as_completed(futures):
+                bar.update(done(futures[future], future.result()))
+        except BaseException:
+            processes.shutdown(cancel_futures=True)
+            raise
+    return [future.result() for future in futures]
 
 
 @functools.lru_cache(maxsize=1)  # in each worker: sending thousands of shards along with each task would take longer

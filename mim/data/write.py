@@ -6,11 +6,11 @@ that was killed finds them and keeps what is finished.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import PIL
 from torch import Tensor
-from tqdm import tqdm
 from webdataset import TarWriter
 
 from mim import __version__
-from mim.contracts import DataError
+from mim.config import ConfigError
+from mim.contracts import DataError, StorageError
 from mim.data import facts
 from mim.data.decode import BadImage, Header, decode, read_header
 from mim.data.members import build_index, save_index
@@ -30,7 +30,7 @@ from mim.data.shards import FORMAT, LABEL_MEMBER, dataset_id, write_lock
 from mim.data.shrink import shrunk
 from mim.data.sources import Reader
 from mim.data.statistics import Moments, Statistics
-from mim.data.workers import pool
+from mim.data.workers import run_all
 
 
 class Item(NamedTuple):
@@ -76,11 +76,15 @@ class Written:
         if label is not None:
             self.labels[label] += 1
 
+    def entry(self) -> dict[str, Any]:
+        """What the lock holds of the shard."""
+        return {"file": self.file, "size": self.size, "sha256": self.sha256, "count": self.count}
+
 
 IN_FACTS = (Written, Statistics, Moments)  # every class that the facts of a shard hold
 
 
-def read_pixels(data: bytes) -> tuple[Header, Tensor]:
+def read_pixels(data: bytes | memoryview) -> tuple[Header, Tensor]:
     """Header and all pixels of an encoded image. Raises BadImage."""
     header = read_header(data)
     return header, decode(data, header.channels, header.dtype)
@@ -89,30 +93,22 @@ def read_pixels(data: bytes) -> tuple[Header, Tensor]:
 def write_shards(tasks: list[Task], workers: int | None, budget: int) -> list[Written]:
     """Write all shards in parallel processes; stop as soon as more than `budget` images cannot be decoded."""
     left_out: list[dict[str, str]] = []
-    with (
-        tqdm(total=sum(len(task.items) for task in tasks), desc="shards", unit=" images", disable=None) as bar,
-        pool(workers, len(tasks)) as processes,
-    ):
-        futures = {processes.submit(_write_shard, task): task for task in tasks}
-        for future in as_completed(futures):
-            if error := future.exception():
-                processes.shutdown(cancel_futures=True)
-                raise error
-            left_out += future.result().left_out
-            bar.update(len(futures[future].items))
-            if len(left_out) > budget:
-                processes.shutdown(cancel_futures=True)
-                shown = "; ".join(f"{bad['file']}: {bad['reason']}" for bad in left_out[:3])
-                raise DataError(
-                    f"more than {budget} images cannot be decoded ({shown}); remove them or raise max_left_out"
-                )
-    return [future.result() for future in futures]
+
+    def check(task: Task, written: Written) -> int:
+        left_out.extend(written.left_out)
+        if len(left_out) > budget:
+            shown = "; ".join(f"{bad['file']}: {bad['reason']}" for bad in left_out[:3])
+            raise DataError(f"more than {budget} images cannot be decoded ({shown}); remove them or raise max_left_out")
+        return len(task.items)
+
+    total = sum(len(task.items) for task in tasks)
+    return run_all(_write_shard, tasks, workers=workers, description="shards", total=total, done=check)
 
 
 def _write_shard(task: Task) -> Written:
     """Write one tar, its index and its facts, leaving out what cannot be decoded; keep them if they are there."""
-    if (finished := _finished(task)) is not None:
-        return finished
+    if (kept := finished(task.target, task.moved)) is not None:
+        return kept
     written = Written(task.target.name)
     labelled = task.items[0].label is not None
     written.size, written.sha256 = store_shard(task.target, _samples(task, written), labelled=labelled)
@@ -164,7 +160,7 @@ def _samples(task: Task, written: Written) -> Iterator[dict[str, Any]]:
         yield sample_of(item.key, header.ending, data, item.label)
 
 
-def sample_of(key: str, ending: str, image: bytes, label: int | None) -> dict[str, Any]:
+def sample_of(key: str, ending: str, image: bytes | memoryview, label: int | None) -> dict[str, Any]:
     """A sample as TarWriter takes it."""
     return {"__key__": key, ending: image} | ({} if label is None else {LABEL_MEMBER: str(label).encode()})
 
@@ -179,20 +175,44 @@ def read_facts(target: Path) -> Written:
     return facts.load(facts_file(target), *IN_FACTS)
 
 
-def _finished(task: Task) -> Written | None:
-    """The facts of a shard that was finished before, if its bytes still are what they say."""
+def finished(target: Path, moved: Path) -> Written | None:
+    """The facts of a shard that was finished before, if its bytes still are what they say.
+
+    moved: where it lies when a killed process had begun to move finished shards out.
+    """
     try:
-        written = read_facts(task.target)
+        written = read_facts(target)
     except (FileNotFoundError, DataError):
         return None
     if written.count == 0:
         return written
-    for target in (task.target, task.moved):
-        if target.is_file() and target.with_suffix(".npy").is_file():
-            with target.open("rb") as file:
+    for place in (target, moved):
+        if place.is_file() and place.with_suffix(".npy").is_file():
+            with place.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() == written.sha256:
                     return written
     return None
+
+
+def move_out(files: list[Path], folder: Path) -> None:
+    """Move finished shards and their indices to where they belong. May be repeated after a kill at any point."""
+    for file in files:
+        for piece in (file, file.with_suffix(".npy")):
+            if piece.is_file():
+                piece.rename(folder / piece.name)
+
+
+@contextlib.contextmanager
+def storing(place: Path) -> Iterator[None]:
+    """Name OUT, or a file of it, in what the file system refuses. Raises ConfigError or StorageError."""
+    try:
+        yield
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ConfigError(f"{place} is a file, or lies below one; choose a folder that is empty or new") from error
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(f"cannot write {place}: {error}") from error
 
 
 def finish(
@@ -209,7 +229,7 @@ def finish(
         raise DataError(
             f"none of the {len(left_out)} images can be decoded; {left_out[0]['file']}: {left_out[0]['reason']}"
         )
-    shards = [{"file": w.file, "size": w.size, "sha256": w.sha256, "count": w.count} for w in written]
+    shards = [w.entry() for w in written]
     members = {"image": sorted(set().union(*(w.endings for w in written)))}
     if classes is not None:
         members["label"] = [LABEL_MEMBER]

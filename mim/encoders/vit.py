@@ -8,31 +8,37 @@ bit for bit, so an export to timm is the module itself.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import timm
 import torch
-from timm.layers import Attention
+from timm.layers import Attention, HybridEmbed
+from timm.models import is_model_in_modules
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from mim import backbone
 from mim.contracts import Features
 from mim.initialization import tie_keys_to_queries
-from mim.patches import gather, sincos_positions
+from mim.patches import blank, gather, grid_of, ids_to_mask, replace, sincos_positions
+
+TIMM_INITS = ("jax", "moco")
 
 
 @dataclass
 class Config:
-    model: str = "vit_base_patch16_224"  # any timm VisionTransformer; the fields below override it where they are set
+    model: str = "vit_base_patch16_224"  # any timm VisionTransformer, hybrids too; set fields below override it
     width: int | None = None
     depth: int | None = None  # blocks
     num_heads: int | None = None
     patch_size: int | None = None  # pixels
-    layer_scale: float | None = None  # initial gamma: BEiT 0.1 (base), 1e-5 (large); none in MAE
+    layer_scale: float | None = None  # initial gamma: BEiT 0.1 (base), 1e-5 (large); 0 none (MAE)
     drop_path_rate: float = 0.0  # of the last block, rising linearly over the blocks
     num_registers: int | None = None
     positions: str = "learn"  # learn | sincos (fixed, as MAE has them)
-    weight_init: str = ""  # timm's: "" truncated normal 0.02, jax Xavier uniform (as in MAE; better below width 512)
+    # "" truncated normal 0.02, jax Xavier uniform (better below width 512), moco: timm's; beit, mae: as published
+    weight_init: str = ""
+    qk_norm: bool | None = None  # LayerNorm of queries and keys in each head (Dehghani et al. 2023, arXiv 2302.05442)
     qk_gain: float | None = None  # keys start equal to queries, scaled by this: short runs learn where to look sooner
     mean: list[float] | None = None  # per channel, of pixels in [0, 1]; null: the dataset's own
     std: list[float] | None = None
@@ -40,51 +46,40 @@ class Config:
 
 def build(cfg: Config, *, image_size: tuple[int, int], channels: int) -> ViT:
     """Build the encoder for images of one size; the grid must divide."""
-    overrides: dict[str, Any] = {
-        "embed_dim": cfg.width,
-        "depth": cfg.depth,
-        "num_heads": cfg.num_heads,
-        "patch_size": cfg.patch_size,
-        "init_values": cfg.layer_scale,
-        "reg_tokens": cfg.num_registers,
-    }
     if cfg.positions not in ("learn", "sincos"):
         raise ValueError(f"encoder.positions={cfg.positions!r} is unknown; choose learn or sincos")
-    if cfg.weight_init not in ("", "jax", "moco"):
-        raise ValueError(f"encoder.weight_init={cfg.weight_init!r} is unknown; choose jax, moco or '' (timm's default)")
-    if not timm.is_model(cfg.model):
-        close = timm.list_models(f"*{cfg.model.split('_')[0]}*")[:5]
-        raise ValueError(f"encoder.model={cfg.model!r} is not a timm model; some that are: {', '.join(close)}")
-    try:
-        vit = timm.create_model(
-            cfg.model,
-            img_size=image_size,
-            in_chans=channels,
-            num_classes=0,
-            drop_path_rate=cfg.drop_path_rate,
-            weight_init=cfg.weight_init,
-            **{key: value for key, value in overrides.items() if value is not None},
-        )
-    except AssertionError as error:  # timm's check of width and heads
-        raise ValueError(f"encoder.width={cfg.width} with encoder.num_heads={cfg.num_heads}: {error}") from error
-    except TypeError as error:  # another kind of model has other arguments
-        raise ValueError(f"encoder.model={cfg.model!r} is not timm's VisionTransformer: {error}") from error
-    if not isinstance(vit, VisionTransformer):
-        raise ValueError(f"encoder.model={cfg.model!r} is a {type(vit).__name__}; `vit` takes timm's VisionTransformer")
-    if isinstance(vit.norm, nn.Identity):
-        raise ValueError(f"encoder.model={cfg.model!r} norms after pooling; choose one that norms its tokens")
-    if vit.attn_pool is not None:
-        raise ValueError(
-            f"encoder.model={cfg.model!r} ends in an attention pool, which pretraining would leave untrained; "
-            f"choose one without"
-        )
-    if cfg.qk_gain is not None and not all(isinstance(getattr(b, "attn", None), Attention) for b in vit.blocks):
+    return ViT(cfg, image_size=image_size, channels=channels)
+
+
+def create(cfg: Config, *, image_size: tuple[int, int], channels: int, depth: int | None = None) -> VisionTransformer:
+    """timm's module as the recipe wants it, or one of another depth."""
+    hybrid = is_model_in_modules(cfg.model.split(".")[0], ["vision_transformer_hybrid"])
+    if hybrid and cfg.patch_size is not None:
+        raise ValueError(f"encoder.model={cfg.model!r} has the stride of its stem; leave encoder.patch_size out")
+    options: dict[str, Any] = {"reg_tokens": cfg.num_registers, "qk_norm": cfg.qk_norm}
+    options = {key: value for key, value in options.items() if value is not None}
+    options |= {
+        "weight_init": cfg.weight_init if cfg.weight_init in TIMM_INITS else "",
+        "dynamic_img_size": True,  # images of another size get resampled positions
+    }
+    vit = backbone.create(
+        VisionTransformer, cfg, options, image_size=image_size, channels=channels, depth=depth, known_inits=TIMM_INITS
+    )
+    plain = all(isinstance(getattr(block, "attn", None), Attention) for block in vit.blocks)
+    if cfg.qk_gain is not None and not plain:
         raise ValueError(
             f"encoder.qk_gain is for plain attention; the blocks of encoder.model={cfg.model!r} have another"
         )
     if cfg.positions == "sincos" and vit.pos_embed is None:
         raise ValueError(f"encoder.positions=sincos, but encoder.model={cfg.model!r} has no table of positions")
-    return ViT(vit, cfg)
+    if any(isinstance(module, nn.BatchNorm2d) for module in vit.modules()):
+        raise ValueError(
+            f"encoder.model={cfg.model!r} has BatchNorm in its stem, so the loss would depend on how a batch is split; "
+            f"choose a stem with GroupNorm, e.g. vit_small_r26_s32_224 or vit_base_r50_s16_224"
+        )
+    if cfg.qk_gain is not None:
+        tie_keys_to_queries(vit.blocks, cfg.qk_gain)
+    return vit
 
 
 class ViT(nn.Module):
@@ -95,30 +90,23 @@ class ViT(nn.Module):
     mean: Tensor  # (1, C, 1, 1), as std
     std: Tensor
 
-    def __init__(self, vit: VisionTransformer, cfg: Config) -> None:
+    def __init__(self, cfg: Config, *, image_size: tuple[int, int], channels: int) -> None:
         super().__init__()
-        self.vit = vit
+        self.create = partial(create, cfg, image_size=image_size, channels=channels)
+        self.vit = vit = self.create()
+        self.channels = channels
         self.width = vit.embed_dim
         self.depth = len(vit.blocks)
-        self.patch_size = vit.patch_embed.patch_size[0]
+        self.patch_size = _stride(vit.patch_embed, image_size)
         self.num_prefix = vit.num_prefix_tokens
-        channels = vit.patch_embed.proj.in_channels
-        mean, std = cfg.mean or [0.5] * channels, cfg.std or [0.5] * channels
-        for name, values in (("mean", mean), ("std", std)):
-            if len(values) != channels:
-                raise ValueError(f"encoder.{name} has {len(values)} values for images of {channels} channels")
-            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
+        self.stem_overlaps = isinstance(vit.patch_embed, HybridEmbed)
+        backbone.keep_statistics(self, cfg.mean, cfg.std, channels)
         if cfg.positions == "sincos":
             self._fix_positions()
-        if cfg.qk_gain is not None:
-            tie_keys_to_queries(vit.blocks, cfg.qk_gain)
 
     def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Return (h, w) for an image size (H, W) in pixels."""
-        height, width = image_size
-        if height % self.patch_size or width % self.patch_size:
-            raise ValueError(f"image size {height}x{width} does not divide by the patch size {self.patch_size}")
-        return height // self.patch_size, width // self.patch_size
+        return grid_of(image_size, self.patch_size)
 
     def normalize(self, images: Tensor) -> Tensor:
         """Pixels (B, C, H, W) in [0, 1] -> zero mean, unit variance per channel."""
@@ -133,10 +121,8 @@ class ViT(nn.Module):
         ids_keep: Tensor | None = None,
     ) -> Features:
         """Encode images (B, C, H, W); `mask` (B, N) with `mask_token` (1, 1, D) replaces, `ids_keep` (B, K) drops."""
-        x = self._embed(images, mask, mask_token, ids_keep)  # (B, R + N, D)
-        for block in self.vit.blocks:
-            x = block(x)
-        return self._split(self.vit.norm(x))
+        (features,) = self.layers(images, [-1], norm=True, mask=mask, mask_token=mask_token, ids_keep=ids_keep)
+        return features
 
     def layers(
         self,
@@ -150,17 +136,23 @@ class ViT(nn.Module):
     ) -> list[Features]:
         """Return the outputs of the blocks named by `indices` (negative: from the end), normed if asked."""
         wanted = [i % self.depth for i in indices]
-        x = self._embed(images, mask, mask_token, ids_keep)
+        x = self._embed(images, mask, mask_token, ids_keep)  # (B, R + N, D)
         outputs = {}
         for i, block in enumerate(self.vit.blocks[: max(wanted) + 1]):
             x = block(x)
             if i in wanted:
-                outputs[i] = self._split(self.vit.norm(x) if norm else x)
+                y = self.vit.norm(x) if norm else x
+                outputs[i] = Features(y[:, : self.num_prefix], y[:, self.num_prefix :])
         return [outputs[i] for i in wanted]
 
     @property
     def final_norm(self) -> nn.Module:
         return self.vit.norm
+
+    def more_blocks(self, num: int, start: int) -> MoreBlocks:
+        """Further blocks on top of block `start`, as a deeper encoder of this recipe has them."""
+        deeper = self.create(depth=max(self.depth, start + num))
+        return MoreBlocks(deeper.blocks[start : start + num])
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are never decayed (timm's list)."""
@@ -176,20 +168,21 @@ class ViT(nn.Module):
     def _embed(self, images: Tensor, mask: Tensor | None, mask_token: Tensor | None, ids_keep: Tensor | None) -> Tensor:
         """Patches with positions and prefix, as timm embeds them, with some replaced or dropped."""
         assert mask is None or ids_keep is None, "replace or drop, not both"
-        x = self.vit.patch_embed(self.normalize(images))  # (B, N, D)
+        pixels = self.normalize(images)
+        if self.stem_overlaps:  # a stem that sees beyond a patch must not see masked pixels: they become the mean
+            grid = self.grid((images.shape[2], images.shape[3]))
+            if mask is not None:
+                pixels = blank(pixels, mask, grid)
+            elif ids_keep is not None:
+                pixels = blank(pixels, ids_to_mask(ids_keep, grid[0] * grid[1]), grid)
+        x = self.vit.patch_embed(pixels)  # (B, h, w, D)
         if mask is not None:
-            assert mask_token is not None, "mask needs mask_token"
-            x = torch.where(
-                mask.unsqueeze(-1), mask_token.to(x.dtype), x
-            )  # before positions, so masked tokens keep theirs
+            x = replace(x, mask, mask_token)  # before positions, so masked tokens keep theirs
         x = self.vit._pos_embed(x)  # (B, R + N, D)
         if ids_keep is not None:
             prefix, patches = x[:, : self.num_prefix], x[:, self.num_prefix :]
             x = torch.cat([prefix, gather(patches, ids_keep)], dim=1)  # (B, R + K, D)
         return self.vit.norm_pre(x)
-
-    def _split(self, x: Tensor) -> Features:
-        return Features(x[:, : self.num_prefix], x[:, self.num_prefix :])
 
     def _fix_positions(self) -> None:
         """Store sine-cosine positions in timm's own `pos_embed`, frozen; the prefix gets zeros."""
@@ -200,3 +193,28 @@ class ViT(nn.Module):
         with torch.no_grad():
             table.copy_(torch.cat([positions.new_zeros(prefix, self.width), positions]).unsqueeze(0))
         table.requires_grad_(False)
+
+
+def _stride(stem: Any, image_size: tuple[int, int]) -> int:
+    """Pixels per token. Of a convolutional stem timm knows only what it makes of these images: it rounds up."""
+    rows, columns = stem.feat_ratio(as_scalar=False)
+    if isinstance(stem, HybridEmbed) and (rows != columns or rows.bit_count() != 1):
+        raise ValueError(
+            f"image size {image_size[0]}x{image_size[1]} does not divide by the stride of the stem; use multiples of 32"
+        )
+    grid_of(image_size, rows)
+    return rows
+
+
+class MoreBlocks(nn.Module):
+    """Blocks that go on from an encoder's raw features."""
+
+    def __init__(self, blocks: nn.Module) -> None:
+        super().__init__()
+        self.blocks = blocks
+
+    def forward(self, features: Features, grid: tuple[int, int]) -> Features:
+        """Features of all patches -> features, not normed; positions are in the tokens already."""
+        x = self.blocks(torch.cat(features, dim=1))  # (B, R + N, D)
+        num_prefix = features.prefix.shape[1]
+        return Features(x[:, :num_prefix], x[:, num_prefix:])

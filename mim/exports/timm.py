@@ -14,11 +14,15 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import VisionTransformer, save_for_hf
+from timm.models import save_for_hf
+from torch import nn
 
 from mim.config import ConfigError
 from mim.contracts import LoadedRun
 
+# Arguments of timm's factory that a user chooses anew; transformers passes num_classes itself and would pass it twice.
+# (Drop rates timm leaves out itself.)
+OURS_ALONE = ("num_classes", "weight_init", "dynamic_img_size")
 README = """# {arch}, pretrained with {objective} by mimstream
 
     import timm
@@ -38,8 +42,8 @@ class Config:
 def export(loaded: LoadedRun, out: Path, cfg: Config) -> dict[str, Any]:
     """Write the folder, reload it with timm and compare. Returns the report that is also `report.json`."""
     encoder = loaded.encoder
-    if encoder is None or not hasattr(encoder, "vit"):
-        raise ConfigError(f"{loaded.path} has no timm backbone to export; export a run with encoder.name=vit")
+    if encoder is None:
+        raise ConfigError(f"{loaded.path} has no timm backbone to export; export a run that trains an encoder")
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not empty; choose another folder for the export")
     place = out.resolve()
@@ -59,20 +63,20 @@ def export(loaded: LoadedRun, out: Path, cfg: Config) -> dict[str, Any]:
 def write(loaded: LoadedRun, temporary: Path, cfg: Config, *, folder: Path) -> dict[str, Any]:
     """Fill the temporary folder of an export that will be `folder`, and compare. Returns the report."""
     encoder = loaded.encoder
-    model = encoder.vit.cpu().eval()
+    model = (encoder.model if hasattr(encoder, "model") else encoder.vit).cpu().eval()
     mean, std = encoder.mean.flatten().tolist(), encoder.std.flatten().tolist()
-    size = (len(mean), *model.patch_embed.img_size)
+    size = (len(mean), *loaded.views.sizes[0])
     data_config = {"input_size": size, "mean": mean, "std": std, "interpolation": "bicubic", "crop_pct": 1.0}
     save_for_hf(
         model,
         str(temporary),
         safe_serialization=True,
         model_config={"pretrained_cfg": {"tag": "mimstream", "license": cfg.license, "hf_hub_id": None}},
-        model_args=model_args(encoder, size),
         data_config=data_config,
     )
     config = json.loads((temporary / "config.json").read_text())
-    config["model_args"].pop("num_classes", None)  # transformers passes its own and would pass it twice
+    for key in OURS_ALONE:
+        config["model_args"].pop(key, None)
     (temporary / "config.json").write_text(json.dumps(config, indent=2))
     weights = "exponential moving average" if loaded.config["optim"].get("ema") else "of the last step"
     report = {
@@ -103,25 +107,12 @@ def write(loaded: LoadedRun, temporary: Path, cfg: Config, *, folder: Path) -> d
     return report
 
 
-def model_args(encoder: Any, size: tuple[int, ...]) -> dict[str, Any]:
-    """Arguments of timm's factory that rebuild this very module."""
-    vit = encoder.vit
-    layer_scale = getattr(vit.blocks[0].ls1, "gamma", None)
-    return {
-        "img_size": list(size[1:]),
-        "patch_size": encoder.patch_size,
-        "in_chans": size[0],
-        "embed_dim": encoder.width,
-        "depth": encoder.depth,
-        "num_heads": vit.blocks[0].attn.num_heads,
-        "reg_tokens": vit.num_reg_tokens,
-        "init_values": None if layer_scale is None else 1e-5,  # any value: the weights replace it
-    }
-
-
 @torch.no_grad()
-def compare(model: VisionTransformer, folder: Path, size: tuple[int, ...]) -> float:
+def compare(model: nn.Module, folder: Path, size: tuple[int, ...]) -> float:
     """Largest absolute difference of the features of a fixed batch between a module and its export."""
     reloaded: Any = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
     images = torch.rand(2, *size, generator=torch.Generator().manual_seed(0))
-    return float((model.forward_features(images) - reloaded.forward_features(images)).abs().max())
+    models: Any = (model, reloaded)
+    ours, theirs = (m.forward_features(images) for m in models)
+    pairs = zip(ours, theirs, strict=True) if isinstance(ours, list) else [(ours, theirs)]  # CrossViT has two branches
+    return max(float((a - b).abs().max()) for a, b in pairs)

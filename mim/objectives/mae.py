@@ -3,6 +3,11 @@
 He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners", arXiv 2111.06377, section 3 and appendix A.
 Differences: the mask comes with the batch instead of being drawn here, and the prediction head runs on masked positions
 only, which changes no value of the loss.
+
+`decode_ratio` below 1 decodes, and compares, only a share of the masked patches, drawn anew for every sample: the
+partial reconstruction of CrossMAE (Fu et al. 2024, arXiv 2401.14391). CrossMAE reads each patch out by cross-attention
+alone, so what is left out changes nothing for the others. Here the decoder stays MAE's, over the visible and the chosen
+tokens, so chosen tokens also miss the masked ones that were left out.
 """
 
 from __future__ import annotations
@@ -18,6 +23,9 @@ from torch import Tensor, nn
 from mim.contracts import Batch, Encoder, Features
 from mim.initialization import tie_keys_to_queries
 from mim.patches import gather, mask_to_ids, patchify, sincos_positions, unpatchify
+from tokenizer.quantize import uniform_noise
+
+SALT = 0x6D61652D6465636F  # "mae-deco": other uses of the same noise draw other numbers
 
 
 @dataclass
@@ -27,7 +35,7 @@ class Config:
     decoder_num_heads: int = 16
     decoder_qk_gain: float | None = None  # as encoder.qk_gain
     norm_pix_loss: bool = True  # targets are normalised per patch, with the unbiased variance
-    channels: int = 3  # of the images
+    decode_ratio: float = 1.0  # share of the masked patches that is decoded and enters the loss; 1 is MAE
 
 
 def build(encoder: Encoder, cfg: Config) -> MAE:
@@ -38,19 +46,24 @@ def build(encoder: Encoder, cfg: Config) -> MAE:
         raise ValueError(
             f"objective.decoder_width={cfg.decoder_width} does not divide by {cfg.decoder_num_heads} heads"
         )
+    if not 0 < cfg.decode_ratio <= 1:
+        raise ValueError(f"objective.decode_ratio={cfg.decode_ratio} must be above 0 and at most 1")
     return MAE(encoder, cfg)
 
 
 class MAE(nn.Module):
-    """Reads `images` and `mask`; the loss is the mean squared error over masked patches, per sample."""
+    """Reads `images` and `mask`; the loss is the mean squared error over masked patches, per sample.
+
+    With a `decode_ratio` below 1 it reads `noise` too.
+    """
 
     per_micro_batch = False
-    reads = ("images", "mask")
 
     def __init__(self, encoder: Any, cfg: Config) -> None:
         super().__init__()
         self.encoder = encoder
         self.cfg = cfg
+        self.reads = ("images", "mask") if cfg.decode_ratio == 1 else ("images", "mask", "noise")
         width = cfg.decoder_width
         self.decoder_embed = nn.Linear(encoder.width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -60,7 +73,7 @@ class MAE(nn.Module):
             for _ in range(cfg.decoder_depth)
         )
         self.decoder_norm = norm(width)
-        self.decoder_pred = nn.Linear(width, encoder.patch_size**2 * cfg.channels)
+        self.decoder_pred = nn.Linear(width, encoder.patch_size**2 * encoder.channels)
         self._positions: dict[tuple[tuple[int, int], torch.device], Tensor] = {}
         nn.init.normal_(self.mask_token, std=0.02)
         for module in (self.decoder_embed, *self.decoder_blocks.modules(), self.decoder_pred):
@@ -73,21 +86,30 @@ class MAE(nn.Module):
     def forward(self, batch: Batch, progress: Tensor) -> dict[str, Tensor]:
         """Return loss (B,)."""
         images = batch["images"]
-        ids_keep, ids_mask, ids_restore = mask_to_ids(batch["mask"], batch["num_masked"])
+        ids_keep, ids_mask, _ = mask_to_ids(batch["mask"], batch["num_masked"])
+        if self.cfg.decode_ratio < 1:
+            ids_mask = self.choose(ids_mask, batch["noise"])  # (B, M'), fewer than were masked
         features = self.encoder(images, ids_keep=ids_keep)
-        tokens = self.decode(features, ids_restore, self.encoder.grid(images.shape[-2:]))  # (B, N, D')
-        pred = self.decoder_pred(gather(tokens, ids_mask)).float()  # (B, M, P)
+        tokens = self.decode(features, ids_keep, ids_mask, self.encoder.grid(images.shape[-2:]))  # (B, K + M, D')
+        pred = self.decoder_pred(tokens[:, ids_keep.shape[1] :]).float()  # (B, M, P)
         target = gather(self.target(images)[0], ids_mask)  # (B, M, P)
         return {"loss": (pred - target).square().mean(dim=(1, 2))}  # (B,)
 
-    def decode(self, features: Features, ids_restore: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Visible features -> decoder tokens (B, N, D') of every patch, in grid order."""
+    def choose(self, ids_mask: Tensor, noise: Tensor) -> Tensor:
+        """Draw the masked ids (B, M) that are decoded; the same number in every row, at least one, ascending."""
+        m = ids_mask.shape[1]
+        order = uniform_noise(noise ^ SALT, (m,)).argsort(dim=1, stable=True)  # (B, M)
+        chosen = order[:, : max(round(self.cfg.decode_ratio * m), 1)]
+        return ids_mask.gather(1, chosen.sort(dim=1).values)  # (B, M')
+
+    def decode(self, features: Features, ids_keep: Tensor, ids_mask: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Visible features -> decoder tokens (B, K + M, D') of the patches `ids_keep`, then `ids_mask`."""
         prefix, visible = self.decoder_embed(features.prefix), self.decoder_embed(features.patches)
-        b, num_visible, width = visible.shape
-        masked = self.mask_token.to(visible.dtype).expand(b, ids_restore.shape[1] - num_visible, width)
-        patches = gather(torch.cat([visible, masked], dim=1), ids_restore)  # (B, N, D')
-        patches = patches + self.positions(grid, patches.device).to(patches.dtype)
-        x = torch.cat([prefix, patches], dim=1)  # (B, R + N, D'); prefix positions are zero
+        b, num_masked = ids_mask.shape
+        masked = self.mask_token.to(visible.dtype).expand(b, num_masked, -1)
+        positions = self.positions(grid, visible.device)[torch.cat([ids_keep, ids_mask], dim=1)]  # (B, K + M, D')
+        patches = torch.cat([visible, masked], dim=1) + positions.to(visible.dtype)
+        x = torch.cat([prefix, patches], dim=1)  # (B, R + K + M, D'); prefix positions are zero
         for block in self.decoder_blocks:
             x = block(x)
         return self.decoder_norm(x)[:, prefix.shape[1] :]
@@ -113,8 +135,9 @@ class MAE(nn.Module):
         """Predicted images (B, C, H, W) in [0, 1]; normalised targets are undone with the true mean of each patch."""
         images = batch["images"]
         grid = self.encoder.grid(images.shape[-2:])
-        ids_keep, _, ids_restore = mask_to_ids(batch["mask"], batch["num_masked"])
-        pred = self.decoder_pred(self.decode(self.encoder(images, ids_keep=ids_keep), ids_restore, grid)).float()
+        ids_keep, ids_mask, ids_restore = mask_to_ids(batch["mask"], batch["num_masked"])
+        tokens = self.decode(self.encoder(images, ids_keep=ids_keep), ids_keep, ids_mask, grid)  # (B, N, D')
+        pred = gather(self.decoder_pred(tokens).float(), ids_restore)  # (B, N, P)
         _, mean, std = self.target(images)
         pixels = unpatchify(pred * std + mean, grid, images.shape[1])  # (B, C, H, W)
         return (pixels * self.encoder.std + self.encoder.mean).clamp(0, 1)

@@ -1,0 +1,105 @@
+"""What a run learns, the directory that keeps it, and the lines that it starts with.
+
+A run directory belongs to one experiment: the sections that decide what is learned, with the dataset's id and the
+frozen tokenizer's hash, and without paths. The machine may change between two starts of a run, the experiment may not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from mim import build, checkpoint, config, optim, weights
+from mim.config import ConfigError
+from mim.data import mixture, order
+from mim.log import say
+
+EXPERIMENT = ("data", "mask", "encoder", "tokenizer", "teacher", "objective", "optim")
+
+
+def identity(sections: dict[str, Any], dataset: mixture.AnyDataset) -> dict[str, Any]:
+    """What is learned: the experiment sections without paths, the dataset's id and the frozen tokenizer's hash."""
+    found = {name: config.plain(sections.get(name)) for name in EXPERIMENT}
+    looks = ("path", "sources", "val_path", "eval_view", "labels_from_folders", "val_ratio", "bad_budget")
+    found["data"] = {key: value for key, value in found["data"].items() if key not in looks}
+    found["dataset_id"] = dataset.id
+    if sections.get("teacher") is not None:
+        found["teacher"] = {key: sections["teacher"][key] for key in ("step", "experiment")}
+    if (sections.get("encoder") or {}).get("init") is not None:  # a resume never reads it again, so it may move
+        found["encoder"] = {**found["encoder"], "init": Path(sections["encoder"]["init"]).name}
+    if (sections.get("init") or {}).get("run") is not None:
+        found["init"] = {**sections["init"], "run": Path(sections["init"]["run"]).name}
+    if sections.get("encoder") is not None and sections.get("tokenizer") is not None:
+        folder = Path(sections["tokenizer"]["path"])
+        files = (folder / "tokenizer.json", folder / "tokenizer.safetensors")
+        found["tokenizer"] = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return found
+
+
+def find_resume(run: Path, experiment: dict[str, Any], main_rank: bool) -> Path | None:
+    """The checkpoint to resume from; None for a fresh run. A run of another experiment is refused with a diff."""
+    if not (run / "config.yaml").is_file():
+        if run.is_dir() and any(run.iterdir()):
+            raise ConfigError(f"train.run={run} is a folder with other files; choose a new or empty one")
+        return None
+    changed = config.difference(checkpoint.read_config(run)["experiment"], experiment)
+    if changed:
+        raise ConfigError(
+            f"{run} holds another experiment; choose another train.run, or restore what changed:\n  "
+            + "\n  ".join(changed)
+        )
+    return checkpoint.newest(run, report=lambda line: say(line, main=main_rank))
+
+
+def open_run(
+    run: Path, recipe: str, sections: dict[str, Any], experiment: dict[str, Any], start: weights.Start
+) -> None:
+    """Create the run directory and write its resolved recipe, its parent, and the report on its first weights."""
+    run.mkdir(parents=True, exist_ok=True)
+    temporary = run / ".config.yaml.tmp"
+    saved = {"format": checkpoint.FORMAT, "recipe": recipe, **sections, "experiment": experiment}
+    if start.report is not None:
+        start.report.write(run)
+        saved |= {"parent": start.parent}
+    elif (run / "config.yaml").is_file():
+        saved |= {"parent": checkpoint.read_config(run).get("parent")}
+    temporary.write_text(config.to_yaml(saved))
+    temporary.replace(run / "config.yaml")
+
+
+def describe(
+    run: Path,
+    built: build.Built,
+    rates: optim.Rates,
+    dataset: mixture.AnyDataset,
+    accelerator: Accelerator,
+    *,
+    micro_batches: int,
+    workers: int,
+) -> list[str]:
+    """The start lines: what is really used, not what was asked for."""
+    device = accelerator.device
+    with accelerator.autocast():
+        probe = torch.ones(8, 8, device=device)
+        matmul = str((probe @ probe).dtype).removeprefix("torch.")
+    batch_size, ranks, micro = rates.cfg.batch_size, accelerator.num_processes, micro_batches
+    rows = order.Plan(built.views.data.repeats, batch_size, world=ranks, micro_batches=micro).micro_size
+    count = sum(p.numel() for p in built.objective.parameters() if p.requires_grad) / 1e6
+    inside = sum(p.numel() for p in built.encoder.parameters()) / 1e6 if built.encoder is not None else 0.0
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    epoch = len(dataset) / batch_size
+    objective = built.sections["objective"]["name"]
+    return [
+        f"{objective} -> {run}: {count:.2f} M trained parameters" + (f", encoder {inside:.2f} M" if inside else ""),
+        f"device {name}, matmul in {matmul}, {ranks} rank{'s' * (ranks > 1)}, "
+        f"batch {batch_size} = {ranks} x {micro} micro-batch{'es' * (micro > 1)} of {rows}, "
+        f"{workers} loader workers per rank",
+        f"data {dataset.path}: {len(dataset)} images in {len(dataset.counts)} shards, views {built.views.sizes}",
+        *(dataset.describe(batch_size, rates.total_steps) if isinstance(dataset, mixture.Mixture) else []),
+        f"1 epoch = {len(dataset)} images = {epoch:.1f} steps; run = {rates.total_steps} steps; "
+        f"learning rate {rates.lr:.3g} after {rates.warmup_steps} steps of warm-up",
+    ]

@@ -1,0 +1,53 @@
+"""What the ranks of a run tell each other: sums, lists and a common decision. With one rank nothing is sent."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mim.data import stream
+
+
+def add(value: Tensor) -> Tensor:
+    """Sum of a tensor over all ranks."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
+def gather(values: list[Any], device: torch.device) -> list[Any]:
+    """The lists of all ranks, joined in the order of ranks. They travel as JSON: nothing is unpickled."""
+    if not dist.is_initialized():
+        return values
+    text = torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8, device=device)
+    sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
+    sizes[dist.get_rank()] = len(text)
+    lengths = add(sizes).tolist()
+    if max(lengths) == len("[]"):
+        return []
+    padded = torch.zeros(max(lengths), dtype=torch.uint8, device=device)
+    padded[: len(text)] = text
+    texts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(texts, padded)
+    lists = [json.loads(bytes(t[:n].tolist())) for t, n in zip(texts, lengths, strict=True)]
+    return [value for found in lists for value in found]
+
+
+def total_fingerprint(share: int, device: torch.device, main_rank: bool) -> int:
+    """Add the ranks' shares of the stream fingerprint; the main rank keeps the sum, the others start again at 0."""
+    if not dist.is_initialized():
+        return share
+    total = int(add(torch.tensor(share, dtype=torch.int64, device=device)))  # wraps modulo 2**64
+    return total % stream.FINGERPRINT_MODULUS if main_rank else 0
+
+
+def agree(stopping: bool) -> bool:
+    """True on every rank when it is true on one."""
+    if not dist.is_initialized():
+        return stopping
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    return bool(add(torch.tensor(int(stopping), device=device)))
