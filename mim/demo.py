@@ -82,7 +82,7 @@ def main(images: Path | None, out: Path, *, seed: int = 0, overrides: tuple[str,
         name: [f"{name}_demo", *common, f"optim.seed={seed}", f"train.run={run}", *overrides]
         for name, run in runs.items()
     }
-    commands["beit"].append(f"tokenizer.path={runs['dvae']}")
+    commands["beit"] += [f"tokenizer.path={runs['dvae']}", "tokenizer.force=true"]  # of few pictures: go on in any case
     with announced("2. training: the tokenizer (dVAE), then BEiT on its codes; MAE beside them", seconds):
         code = Trainings(commands, seconds).run()
     if code != DONE:

@@ -126,13 +126,13 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
     # ---- data and networks -------------------------------------------------------------------------------------------
     with accelerator.main_process_first():
         dataset, _ = build.open_data(config.plain(cfg))
-    for line in build.check_tokenizer(cfg.tokenizer):
-        say(line, main=main_rank)
     rates = optim.resolve(cfg.optim, len(dataset))
     intervals(cfg, len(dataset))  # a mistake in them is refused here, before anything is written
     torch.manual_seed(cfg.optim.seed)
-    with torch.device("meta") if dry_run else contextlib.nullcontext():
+    read = cfg.init.run or cfg.teacher or (cfg.encoder or {}).get("init")  # other weights, which a dry run checks too
+    with torch.device("meta") if dry_run and not read else contextlib.nullcontext():
         built = build.build(config.plain(cfg), dataset=dataset)
+    verdict = build.check_tokenizer(built.sections.get("tokenizer"))
     data = built.views.data
     sequence = mixture.order_of(dataset, seed=data.seed, lanes=data.lanes, window=data.window, repeats=data.repeats)
     journal = quarantine.Journal(mixture.bad_samples(dataset), dataset.counts, budget=data.bad_budget)
@@ -142,7 +142,7 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
     resumed = experiment.find_resume(run, learned, main_rank)
     with accelerator.main_process_first():  # one process downloads what encoder.init names
         start = weights.start(built, cfg.init.run, optimizer=cfg.init.optimizer, resumed=resumed is not None)
-    for line in start.lines():
+    for line in (*start.lines(), *verdict):
         say(line, main=main_rank)
     workers, micro_batches = num_workers(cfg.train.workers), cfg.train.micro_batches
     for line in experiment.describe(
