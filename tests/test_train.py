@@ -17,6 +17,11 @@ from mim.config import ConfigError, to_yaml
 from mim.data.make import make
 
 STEPS = 7
+TOKENIZERS = {
+    "dvae": {"num_codes": 16, "width": 8, "num_groups": 3, "blocks_per_group": 1, "n_init": 8},
+    "vqkd": {"target": "pixels", "network": "conv", "stride": 4, "width": 8, "depth": 1, "decoder_width": 8,
+             "num_codes": 16, "code_width": 4, "decay": 0.5, "dead_below": 0.5},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +51,9 @@ def recipe(dataset: Path, folder: Path, kind: str = "mae", **changes) -> str:
                   "clip_grad": 1.0, "weight_decay_end": 0.2},
         "train": {"log_every": "2 steps", "save_every": "3 steps", "workers": 0},
     }  # fmt: skip
-    if kind == "dvae":
+    if kind in TOKENIZERS:
         sections = {key: sections[key] for key in ("data", "optim", "train")}
-        sections["tokenizer"] = {"name": "dvae", "num_codes": 16, "width": 8, "num_groups": 3, "blocks_per_group": 1,
-                                 "n_init": 8}  # fmt: skip
-        sections["objective"] = {"name": "tokenize"}
+        sections |= {"tokenizer": {"name": kind, **TOKENIZERS[kind]}, "objective": {"name": "tokenize"}}
     for key, value in changes.items():
         section, _, name = key.partition("__")
         sections[section][name] = value
@@ -120,8 +123,9 @@ def test_a_run_with_gradient_accumulation_resumes_bit_for_bit(dataset, tmp_path)
     assert_same(tmp_path / "stopped", tmp_path / "whole")
 
 
-def test_accumulation_gives_the_losses_of_one_batch(dataset, tmp_path):
-    path = recipe(dataset, tmp_path, encoder__drop_path_rate=0.0)
+@pytest.mark.parametrize("kind", ["mae", "vqkd"])
+def test_accumulation_gives_the_losses_of_one_batch(dataset, tmp_path, kind):
+    path = recipe(dataset, tmp_path, kind, **({"encoder__drop_path_rate": 0.0} if kind == "mae" else {}))
     for micro_batches in (1, 2, 3):
         run(path, tmp_path / str(micro_batches), f"train.micro_batches={micro_batches}")
     whole = [entry["loss"] for entry in lines(tmp_path / "1")]
@@ -129,8 +133,9 @@ def test_accumulation_gives_the_losses_of_one_batch(dataset, tmp_path):
         assert [e["loss"] for e in lines(tmp_path / str(micro_batches))] == pytest.approx(whole, abs=1e-5)
 
 
-def test_a_tokenizer_run_resumes_bit_for_bit_with_its_code_statistics(dataset, tmp_path):
-    path = recipe(dataset, tmp_path, "dvae")
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_tokenizer_run_resumes_bit_for_bit_with_its_code_statistics(dataset, tmp_path, kind):
+    path = recipe(dataset, tmp_path, kind)
     run(path, tmp_path / "whole")
     run(path, tmp_path / "stopped", stop_at=5)
     run(path, tmp_path / "stopped")

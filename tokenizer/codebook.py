@@ -121,7 +121,7 @@ class Codebook(nn.Module):
         used = (self.sizes > 1e-6 * self.sizes.mean())[:, None]  # of the others the mean is rounding noise
         self.codes.copy_(torch.where(used, self.place(means), self.codes))
         if self._spare is not None:
-            self._revive(*gather_drawn(*self._spare))
+            self._revive(*gather_drawn(*self._spare, self.num_revived))
         self._sums = self._counts = self._spare = None
 
     def _revive(self, keys: Tensor, vectors: Tensor) -> None:
@@ -173,13 +173,13 @@ def merge(draws: list[tuple[Tensor, Tensor]], num: int) -> tuple[Tensor, Tensor]
     return kept, torch.cat([vectors for _, vectors in draws])[ids]
 
 
-def gather_drawn(keys: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """The draw over all ranks, of as many as each of them drew."""
+def gather_drawn(keys: Tensor, vectors: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """The draw of `num` over all ranks, of what each of them drew: as many on every rank."""
     if dist.is_initialized():
         both = torch.cat([keys[:, None], vectors], dim=1).contiguous()  # (R, 1 + d): one message
         parts = [torch.empty_like(both) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, both)
-        keys, vectors = merge([(part[:, 0], part[:, 1:]) for part in parts], len(keys))
+        keys, vectors = merge([(part[:, 0], part[:, 1:]) for part in parts], num)
     return keys, vectors
 
 

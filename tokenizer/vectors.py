@@ -104,7 +104,7 @@ class VectorTokenizer(nn.Module):
             share = draw(self.encoder(images), batch["noise"], batch.get("weight"), wanted)
             drawn = share if drawn is None else merge([drawn, share], wanted)
         assert drawn is not None, "a run has batches"
-        keys, vectors = gather_drawn(*drawn)
+        keys, vectors = gather_drawn(*drawn, wanted)
         vectors = vectors[keys < NEVER]  # without rows that only pad
         mean, std = vectors.mean(dim=0), vectors.std(dim=0).clamp(min=1e-6)
         self.encoder.standardize(mean, std)
