@@ -94,3 +94,14 @@ def test_a_file_that_is_not_json_is_refused(saved):
     (folder / "tokenizer.json").write_bytes(b"\x80\x04pickle")
     with pytest.raises(ValueError, match="is not JSON"):
         tokenizers.load(folder)
+
+
+def test_a_tokenizer_that_is_not_finite_is_never_saved(saved, tmp_path):
+    original, _ = saved
+    with torch.no_grad():
+        original.decoder.blocks.output.conv.b[0] = float("nan")
+    with pytest.raises(
+        ValueError, match=r"holds values that are not finite, first in decoder.blocks.output.conv.b; start"
+    ):
+        tokenizers.save(original, tmp_path / "broken", name="dvae", config=vars(SMALL), card={})
+    assert not (tmp_path / "broken").exists()

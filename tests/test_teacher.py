@@ -1,0 +1,133 @@
+"""A frozen teacher: a run's encoder writes the targets of a tokenizer; what does not fit is refused in one sentence."""
+
+import pytest
+import torch
+
+from mim import build, train
+from mim.config import ConfigError, to_yaml
+from mim.data import stream
+
+TOKENIZER = {
+    "name": "vqkd",
+    "target": "features",
+    "target_width": 32,
+    "num_codes": 16,
+    "code_width": 8,
+    "image_size": 32,
+    "stride": 8,
+    "width": 16,
+    "depth": 1,
+    "num_heads": 2,
+    "decoder_width": 16,
+    "decoder_depth": 1,
+    "decoder_num_heads": 2,
+}
+
+
+@pytest.fixture
+def trained(recipe, tmp_path):
+    """A run of two steps of MAE: 4x4 patches of 8 pixels, 32 wide."""
+    path = tmp_path / "mae.yaml"
+    path.write_text(to_yaml({**recipe("mae"), "train": {"workers": 0}}))
+    assert train.main(str(path), [f"train.run={tmp_path / 'mae'}"]) == train.DONE
+    return tmp_path / "mae"
+
+
+@pytest.fixture
+def sections(recipe, trained):
+    found = recipe("tokenize")
+    return {**found, "tokenizer": dict(TOKENIZER), "teacher": {"recipe": "mae", "path": str(trained)}}
+
+
+def refusal(sections) -> str:
+    with pytest.raises(ConfigError) as error:
+        build.build(sections)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_targets_are_the_patch_features_of_the_teachers_run(sections, trained):
+    frozen = build.build(sections).frozen
+    batch = {"images": torch.rand(2, 3, 32, 32)}
+    build.write_targets(frozen, batch)
+    expected = build.load_run(trained).encoder(batch["images"]).patches
+    assert torch.equal(batch["targets"], expected)
+    assert not batch["targets"].requires_grad
+    assert not any(p.requires_grad for p in frozen["teacher"].parameters())
+
+
+def test_a_teacher_of_another_size_sees_the_image_at_its_own(sections):
+    sections["data"]["image_size"] = sections["tokenizer"]["image_size"] = 64
+    sections["tokenizer"]["stride"] = 16
+    batch = {"images": torch.rand(2, 3, 64, 64)}
+    build.write_targets(build.build(sections).frozen, batch)
+    assert batch["targets"].shape == (2, 16, 32)
+
+
+def test_a_tokenizer_learns_from_a_teacher_and_its_run_opens_again(sections, tmp_path, trained):
+    path = tmp_path / "vqkd.yaml"
+    path.write_text(to_yaml({**sections, "train": {"workers": 0, "log_every": "1 steps"}}))
+    assert train.main(str(path), [f"train.run={tmp_path / 'run'}"]) == train.DONE
+    loaded = build.load_run(tmp_path / "run")
+    assert loaded.config["teacher"]["step"] == 2
+    batch = next(
+        iter(
+            stream.evaluate(
+                build.open_data(loaded.config)[0], view=loaded.views.evaluation, sizes=loaded.views.sizes, batch_size=4
+            )
+        )
+    )
+    batch = stream.to_device(batch, torch.device("cpu"))
+    build.write_targets(loaded.frozen, batch)
+    out = loaded.objective(batch, torch.tensor(1.0))
+    assert out["loss"].shape == (4,)
+    assert train.main(str(path), [f"train.run={tmp_path / 'again'}"], dry_run=True) == train.DONE
+
+
+def test_a_resume_with_another_teacher_is_refused(sections, tmp_path, trained, recipe):
+    path = tmp_path / "vqkd.yaml"
+    path.write_text(to_yaml({**sections, "train": {"workers": 0}}))
+    assert train.main(str(path), [f"train.run={tmp_path / 'run'}"]) == train.DONE
+    other = {**recipe("mae"), "train": {"workers": 0}}
+    other["optim"]["seed"] = 1
+    (tmp_path / "other.yaml").write_text(to_yaml(other))
+    train.main(str(tmp_path / "other.yaml"), [f"train.run={tmp_path / 'other'}"])
+    with pytest.raises(ConfigError, match=r"another experiment.*\n  teacher\.experiment: "):
+        train.main(str(path), [f"train.run={tmp_path / 'run'}", f"teacher.path={tmp_path / 'other'}"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher": None}, "tokenizer.target=features needs a teacher; add teacher: {path: RUN}, or target: pixels"),
+        (
+            {"teacher": {"path": "nowhere"}},
+            "teacher.path='nowhere' holds no trained encoder; train one first, e.g. "
+            "`mim train RECIPE train.run=nowhere`",
+        ),
+        (
+            {"teacher": {"recipe": "mae"}},
+            "teacher.path is missing: the run of a trained encoder, e.g. teacher.path=runs/mae",
+        ),
+        ({"teacher": {"paht": "x"}}, "teacher.paht is not a known key; known here: recipe, path, step"),
+        (
+            {"tokenizer": {**TOKENIZER, "target_width": 48}},
+            "tokenizer.target_width=48, but the teacher is 32 wide; make them equal",
+        ),
+        (
+            {"tokenizer": {**TOKENIZER, "stride": 4}},
+            "the teacher sees 4x4 patches of an image, but the tokenizer makes "
+            "8x8 codes; choose data.image_size and tokenizer.stride so that they "
+            "agree",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_sentence(sections, changes, message):
+    assert refusal({**sections, **changes}) == message
+
+
+def test_a_tokenizers_run_is_no_teacher(sections, recipe, tmp_path):
+    (tmp_path / "dvae.yaml").write_text(to_yaml({**recipe("tokenize"), "train": {"workers": 0}}))
+    train.main(str(tmp_path / "dvae.yaml"), [f"train.run={tmp_path / 'dvae'}"])
+    sections["teacher"]["path"] = str(tmp_path / "dvae")
+    assert "trained a tokenizer, which has no features" in refusal(sections)
