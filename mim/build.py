@@ -104,6 +104,7 @@ def _build(sections: Sections, dataset: AnyDataset | None, load_frozen: bool) ->
                 f"{ours[0]}x{ours[1]} codes; choose data.image_size and tokenizer.stride so that they agree"
             )
     objective = objective_module.build(inner, objective_cfg)
+    objective.per_micro_batch |= normalises_batches(objective)
     _check_agreement(objective, sections, frozen)
 
     mask = None
@@ -115,6 +116,11 @@ def _build(sections: Sections, dataset: AnyDataset | None, load_frozen: bool) ->
     _check_views(data, dataset)
     sizes = sizes[:1] if sizes[-1] == sizes[0] else sizes
     return Built(objective, encoder, frozen, Views(data, sizes, view, eval_view, mask), resolved)
+
+
+def normalises_batches(network: torch.nn.Module) -> bool:
+    """Whether a loss depends on the other images of its micro-batch, because the network has a BatchNorm."""
+    return any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in network.modules())
 
 
 def _check_views(data: stream.Config, dataset: AnyDataset | None) -> None:
