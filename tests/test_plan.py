@@ -159,6 +159,12 @@ def test_the_text_tells_what_the_numbers_are(write, capsys):
         assert words in said
 
 
+def test_no_precision_needs_no_quotes(write, capsys):
+    """YAML makes False of a bare no."""
+    assert plan.main(write(), ["train.precision=no"], as_json=True) == train.DONE
+    assert json.loads(capsys.readouterr().out)["memory"]["precision"] == "no"
+
+
 def test_a_precision_that_is_unknown_is_refused(write):
     with pytest.raises(ConfigError, match=r"train\.precision='half' is unknown; choose no, bf16 or fp16"):
         plan.main(write(), ["train.precision=half"])
