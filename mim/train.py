@@ -135,7 +135,8 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
     rates = optim.resolve(cfg.optim, len(dataset))
     intervals(cfg, len(dataset))  # a mistake in them is refused here, before anything is written
     torch.manual_seed(cfg.optim.seed)
-    with torch.device("meta") if dry_run else contextlib.nullcontext():
+    from_weights = cfg.init.run is not None or (cfg.encoder or {}).get("init") is not None  # a report compares values
+    with torch.device("meta") if dry_run and not from_weights else contextlib.nullcontext():
         built = build.build(config.plain(cfg), dataset=dataset)
     data = built.views.data
     sequence = mixture.order_of(dataset, seed=data.seed, lanes=data.lanes, window=data.window, repeats=data.repeats)
