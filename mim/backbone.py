@@ -81,7 +81,7 @@ def create(
 def check(cfg: Any) -> None:
     """Refuse what no encoder can have: a model that timm does not know, and numbers out of range."""
     if not timm.is_model(cfg.model):
-        close = timm.list_models(f"*{cfg.model.split('_')[0]}*")[:5]
+        close = timm.list_models(f"*{cfg.model.split('_')[0]}*")[:5] or timm.list_models(f"{cfg.model[:3]}*")[:5]
         raise ValueError(f"encoder.model={cfg.model!r} is not a timm model; some that are: {', '.join(close)}")
     for name, least in (("width", 1), ("depth", 1), ("num_heads", 1), ("patch_size", 1), ("num_registers", 0)):
         value = getattr(cfg, name, None)
