@@ -40,9 +40,7 @@ def create(
 
     `options` are further arguments of timm's factory, `known_inits` the values of weight_init that it knows itself.
     """
-    if not timm.is_model(cfg.model):
-        close = timm.list_models(f"*{cfg.model.split('_')[0]}*")[:5]
-        raise ValueError(f"encoder.model={cfg.model!r} is not a timm model; some that are: {', '.join(close)}")
+    check(cfg)
     if cfg.weight_init not in ("", *PUBLISHED, *known_inits):
         known = ", ".join((*PUBLISHED, *known_inits))
         raise ValueError(f"encoder.weight_init={cfg.weight_init!r} is unknown; choose {known} or '' (timm's default)")
@@ -80,10 +78,25 @@ def create(
     return model
 
 
+def check(cfg: Any) -> None:
+    """Refuse what no encoder can have: a model that timm does not know, and numbers out of range."""
+    if not timm.is_model(cfg.model):
+        close = timm.list_models(f"*{cfg.model.split('_')[0]}*")[:5] or timm.list_models(f"{cfg.model[:3]}*")[:5]
+        raise ValueError(f"encoder.model={cfg.model!r} is not a timm model; some that are: {', '.join(close)}")
+    for name, least in (("width", 1), ("depth", 1), ("num_heads", 1), ("patch_size", 1), ("num_registers", 0)):
+        value = getattr(cfg, name, None)
+        if value is not None and value < least:
+            raise ValueError(f"encoder.{name}={value} must be at least {least}, or null: the model's own")
+    if not 0 <= cfg.drop_path_rate < 1:
+        raise ValueError(f"encoder.drop_path_rate={cfg.drop_path_rate} must be at least 0 and below 1")
+
+
 def keep_statistics(encoder: nn.Module, mean: list[float] | None, std: list[float] | None, channels: int) -> None:
     """Give an encoder the buffers `mean` and `std` (1, C, 1, 1) of pixels in [0, 1]: no weights; 0.5 where unknown."""
     for name, values in (("mean", mean), ("std", std)):
         values = values or [0.5] * channels
         if len(values) != channels:
             raise ValueError(f"encoder.{name} has {len(values)} values for images of {channels} channels")
+        if name == "std" and min(values) <= 0:
+            raise ValueError(f"encoder.std={values} must be above 0: pixels are divided by it")
         encoder.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)

@@ -104,6 +104,7 @@ def _build(sections: Sections, dataset: AnyDataset | None, load_frozen: bool) ->
                 f"{ours[0]}x{ours[1]} codes; choose data.image_size and tokenizer.stride so that they agree"
             )
     objective = objective_module.build(inner, objective_cfg)
+    objective.per_micro_batch |= normalises_batches(objective)
     _check_agreement(objective, sections, frozen)
 
     mask = None
@@ -115,6 +116,11 @@ def _build(sections: Sections, dataset: AnyDataset | None, load_frozen: bool) ->
     _check_views(data, dataset)
     sizes = sizes[:1] if sizes[-1] == sizes[0] else sizes
     return Built(objective, encoder, frozen, Views(data, sizes, view, eval_view, mask), resolved)
+
+
+def normalises_batches(network: torch.nn.Module) -> bool:
+    """Whether a loss depends on the other images of its micro-batch, because the network has a BatchNorm."""
+    return any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in network.modules())
 
 
 def _check_views(data: stream.Config, dataset: AnyDataset | None) -> None:
@@ -282,6 +288,19 @@ def tokenizer_path(section: dict[str, Any]) -> Path:
     return newest
 
 
+def teacher_path(section: dict[str, Any]) -> Path:
+    """The run directory of a frozen teacher."""
+    if not section.get("path"):
+        raise ConfigError("teacher.path is missing: the run of a trained encoder, e.g. teacher.path=runs/mae")
+    path = Path(section["path"]).expanduser()
+    if not path.is_dir() or checkpoint.newest(path) is None:
+        raise ConfigError(
+            f"teacher.path={str(path)!r} holds no trained encoder; train one first, e.g. "
+            f"`mim train {section.get('recipe', 'RECIPE')} train.run={path}`"
+        )
+    return path
+
+
 def check_tokenizer(section: dict[str, Any] | None) -> list[str]:
     """The verdict on a frozen tokenizer as a start line; a red one is refused, unless `tokenizer.force` is true."""
     if section is None or not section.get("path"):
@@ -315,15 +334,12 @@ def _frozen_teacher(section: dict[str, Any], load: bool) -> tuple[Teacher, dict[
     if not load:
         built = build(config.read(section["recipe"]), load_frozen=False)
         return Teacher(built.encoder, image_size(built.views.data)).eval().requires_grad_(False), section
-    again = f"; train one first, e.g. `mim train {section.get('recipe', 'RECIPE')} train.run={section.get('path')}`"
-    if not section.get("path"):
-        raise ConfigError("teacher.path is missing: the run of a trained encoder, e.g. teacher.path=runs/mae")
-    path = Path(section["path"]).expanduser()
-    if checkpoint.newest(path) is None if path.is_dir() else True:
-        raise ConfigError(f"teacher.path={str(path)!r} holds no trained encoder{again}")
+    path = teacher_path(section)
     run = load_run(path, step=section.get("step"))
     if run.encoder is None:
-        raise ConfigError(f"teacher.path={str(path)!r} trained a tokenizer, which has no features{again}")
+        raise ConfigError(
+            f"teacher.path={str(path)!r} trained a tokenizer, which has no features; take the run of an encoder"
+        )
     found = {"path": str(path.absolute()), "step": run.step, "experiment": config.digest(run.config["experiment"])}
     return Teacher(run.encoder, image_size(run.views.data)), {**section, **found}
 

@@ -58,7 +58,10 @@ def recipe_folders() -> list[Path]:
 
 
 def read(recipe: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Read a recipe and apply `section.key=value` overrides. Returns plain dicts, lists and scalars."""
+    """Read a recipe and apply `section.key=value` overrides. Returns plain dicts, lists and scalars.
+
+    A whole section is taken out by `section=null`; `section={}` adds nothing to it.
+    """
     path = find_recipe(recipe)
     for override in overrides:
         if "=" not in override or override.startswith("-"):
@@ -72,7 +75,7 @@ def read(recipe: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     if not isinstance(plain, dict):
         raise ConfigError(f"{path} is not a recipe: a mapping of sections (data, encoder, objective, ...) is expected")
     _refuse_interpolation(plain, str(path))
-    return plain  # type: ignore[return-value]
+    return {key: value for key, value in plain.items() if value is not None}  # type: ignore[misc]
 
 
 def typed(schema: type[T], section: dict[str, Any], where: str = "") -> T:

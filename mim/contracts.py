@@ -105,7 +105,8 @@ class Objective(Protocol):
     """A loss over a batch. Built by `build(encoder, cfg)`; `tokenize` gets the tokenizer in the encoder's place."""
 
     encoder: Encoder | None
-    per_micro_batch: bool  # True: the loss holds statistics of a micro-batch, so accumulation changes it
+    per_micro_batch: bool  # True: the loss holds statistics of a micro-batch, so accumulation changes it; a BatchNorm
+    # anywhere inside makes it so, and `build` sees to that
 
     def __call__(self, batch: Batch, progress: Tensor) -> dict[str, Tensor]:
         """Return "loss" (B,) per sample and detached values: (B,) are weighted means, 0-d are logged as they are."""

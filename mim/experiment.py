@@ -99,6 +99,11 @@ def describe(
         f"batch {batch_size} = {ranks} x {micro} micro-batch{'es' * (micro > 1)} of {rows}, "
         f"{workers} loader workers per rank",
         f"data {dataset.path}: {len(dataset)} images in {len(dataset.counts)} shards, views {built.views.sizes}",
+        *(
+            [f"the loss of an image depends on the {rows} of its micro-batch: ranks and train.micro_batches change it"]
+            if built.objective.per_micro_batch
+            else []
+        ),
         *(dataset.describe(batch_size, rates.total_steps) if isinstance(dataset, mixture.Mixture) else []),
         f"1 epoch = {len(dataset)} images = {epoch:.1f} steps; run = {rates.total_steps} steps; "
         f"learning rate {rates.lr:.3g} after {rates.warmup_steps} steps of warm-up",

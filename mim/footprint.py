@@ -99,7 +99,7 @@ def measure(built: build.Built, *, rows: int, micro_batches: int, precision: str
 def _run(built: build.Built, found: Footprint, micro_batches: int, dtype: torch.dtype | None) -> None:
     """Forward and backward of a micro-batch, or of two where gradients outlive the first; fills in what it counts."""
     rows, batch, own = found.rows, _batch(built, found.rows), _inner(built.objective)
-    counted, live = FlopCounterMode(display=False), Live()
+    counted, live = operations(), Live()
     inner = _through_one_module(getattr(built.objective, own), counted.get_total_flops)
     _note_tokens(built, batch, found.tokens, inner)
     with counted, live:
@@ -123,6 +123,23 @@ def _run(built: build.Built, found: Footprint, micro_batches: int, dtype: torch.
                 found.parts[name].forward, found.parts[name].backward = forward[name] / rows, backward[name] / rows
             del loss
     found.peak = live.peak
+
+
+def operations() -> FlopCounterMode:
+    """A context that counts the operations inside."""
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: convolution_backward})
+
+
+def convolution_backward(
+    gradient: Any, inputs: Any, weight: Any, *options: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    """Operations of a convolution's gradients, from shapes: those of the convolution, for each gradient that is made.
+
+    torch's own formula counts the gradient of the weight without its groups: of a depthwise one, by their number.
+    """
+    transposed, made = options[4], options[7]
+    positions = inputs[2:] if transposed else gradient[2:]
+    return 2 * gradient[0] * math.prod(positions) * math.prod(weight) * sum(made[:2])
 
 
 class Inner(nn.Module):

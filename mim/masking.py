@@ -43,6 +43,10 @@ def block(
         raise ValueError(
             f"mask: {target} of {h * w} patches cannot be masked; at least one must be masked and one visible"
         )
+    if min_patches < 1:
+        raise ValueError(f"mask.min_patches={min_patches} must be at least 1")
+    if not 0 < min_aspect <= 1:
+        raise ValueError(f"mask.min_aspect={min_aspect} must be above 0 and at most 1")
     mask = np.zeros((h, w), dtype=bool)
     masked = 0
     while masked < target:

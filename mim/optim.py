@@ -5,11 +5,12 @@ encoder lists. With `layer_decay` each group's rate is scaled by layer_decay ** 
 et al. 2022, BEiT, appendix H).
 
 The published lists, for recipes that repeat them: MAE []; BEiT, BEiT v2 and SimMIM with a ViT [cls_token, pos_embed],
-so mask token and relative positions are decayed; SimMIM with a Swin [mask_token, relative_position_bias_table].
+so mask token and relative positions are decayed; SimMIM with a Swin [mask_token].
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,9 @@ from torch import nn
 
 from mim.config import ConfigError
 from mim.schedules import SHAPES, multistep, to_steps, warmup_then
+
+NOT_NEGATIVE = ("lr", "base_lr", "min_lr", "warmup_lr", "eps", "weight_decay", "weight_decay_end", "clip_grad")
+AT_MOST_ONE = ("gamma", "layer_decay", "ema")
 
 
 @dataclass
@@ -95,6 +99,7 @@ def resolve(cfg: Config, num_images: int) -> Rates:
         raise ConfigError(f"optim.name={cfg.name!r} is not offered; choose adamw")
     if cfg.batch_size < 1:
         raise ConfigError(f"optim.batch_size={cfg.batch_size} must be at least 1")
+    _check_ranges(cfg)
     try:
         total, warmup, *milestones = (
             to_steps(value, batch_size=cfg.batch_size, num_images=num_images, where=f"optim.{key}")
@@ -116,6 +121,18 @@ def resolve(cfg: Config, num_images: int) -> Rates:
     lr = cfg.lr if cfg.base_lr is None else cfg.base_lr * cfg.batch_size / 256
     assert lr is not None
     return Rates(cfg, lr, total, warmup, tuple(milestones), freeze_steps(cfg, num_images, total))
+
+
+def _check_ranges(cfg: Config) -> None:
+    """Refuse rates and factors with which no optimizer trains."""
+    limits = dict.fromkeys(NOT_NEGATIVE, math.inf) | dict.fromkeys(AT_MOST_ONE, 1.0)
+    for name, most in limits.items():
+        value = getattr(cfg, name)
+        if value is not None and not 0 <= value <= most:
+            above = "" if most == math.inf else f" and at most {most:g}"
+            raise ConfigError(f"optim.{name}={value} must be at least 0{above}")
+    if len(cfg.betas) != 2 or not all(0 <= beta < 1 for beta in cfg.betas):
+        raise ConfigError(f"optim.betas={cfg.betas} must be two numbers, at least 0 and below 1")
 
 
 def freeze_steps(cfg: Config, num_images: int, total: int) -> int:

@@ -1,8 +1,8 @@
 """`mim train RECIPE --dry-run`: what a recipe comes to on this machine, before a step is taken or a file written.
 
-With the data at hand, and the tokenizer if it needs one, everything is checked as a training would and the start lines
-are told first. Without them the numbers are the same: a tokenizer is planned from its own recipe, and `--images` states
-the size of the data, without which durations in epochs have no length.
+With the data at hand, and the tokenizer or teacher if it needs one, everything is checked as a training would and the
+start lines are told first. Without them the numbers are the same: a tokenizer and a teacher are planned from their own
+recipes, and `--images` states the size of the data, without which durations in epochs have no length.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ def main(recipe: str, overrides: list[str], *, images: int | None = None, as_jso
     """Print a recipe's plan as text or JSON; `images` stands for data that is not opened. Returns the exit code."""
     cfg = config.typed(train.Config, config.read(recipe, overrides))
     absent = [f"data.path={path}" for path in data_paths(cfg) if not path.exists()]
-    trained = has_tokenizer(cfg)
+    missing = list(untrained(cfg))
+    trained = not missing
     if images is None and not absent and trained:
         train.main(recipe, overrides, dry_run=True)
     state = accelerate.PartialState(cpu=cfg.train.cpu or not torch.accelerator.is_available())
-    if not trained and cfg.tokenizer is not None:
-        say(f"no trained tokenizer yet: planned from its recipe {cfg.tokenizer['recipe']}", main=state.is_main_process)
+    for name, own in missing:
+        say(f"no trained {name} yet: planned from its recipe {own}", main=state.is_main_process)
     dataset = None
     if images is None and not absent:
         dataset, _ = build.open_data(config.plain(cfg))
@@ -63,15 +64,18 @@ def data_paths(cfg: train.Config) -> list[Path]:
     return [Path(str(source["path"])).expanduser() for source in sources]
 
 
-def has_tokenizer(cfg: train.Config) -> bool:
-    """Whether a recipe finds the trained tokenizer that it needs, or needs none."""
-    if cfg.encoder is None or cfg.tokenizer is None:
-        return True
-    try:
-        build.tokenizer_path(cfg.tokenizer)
-    except ConfigError:
-        return False
-    return True
+def untrained(cfg: train.Config) -> Iterator[tuple[str, str]]:
+    """The frozen networks that a recipe needs and does not find, each with its own recipe; one without is refused."""
+    frozen = {"tokenizer": cfg.tokenizer if cfg.encoder is not None else None, "teacher": cfg.teacher}
+    find = {"tokenizer": build.tokenizer_path, "teacher": build.teacher_path}
+    for name, section in frozen.items():
+        try:
+            if section is not None:
+                find[name](section)
+        except ConfigError:
+            if not section or not section.get("recipe"):
+                raise
+            yield name, section["recipe"]
 
 
 def epochs_in(value: Any, key: str = "") -> Iterator[str]:
@@ -95,7 +99,7 @@ def resolve(
     trained: bool,
     world: int,
 ) -> dict[str, Any]:
-    """Everything that a recipe comes to, as plain data: what `--json` prints. `trained`: its tokenizer is there."""
+    """What a recipe comes to, as plain data: what `--json` prints. `trained`: its frozen networks are there."""
     rates = optim.resolve(cfg.optim, num_images or 1)  # without epochs the number of images is not used
     every = train.intervals(cfg, num_images or 1)
     with torch.device("meta"):

@@ -47,8 +47,12 @@ class Machine:
     trackers: list[str] = field(default_factory=list)  # accelerate's, e.g. [tensorboard]; log.jsonl is always written
 
     def __post_init__(self) -> None:
+        if self.precision == "False":  # what YAML makes of a bare `no`
+            self.precision = "no"
         if self.precision not in ("no", "bf16", "fp16"):
             raise ConfigError(f"train.precision={self.precision!r} is unknown; choose no, bf16 or fp16")
+        if self.micro_batches < 1:
+            raise ConfigError(f"train.micro_batches={self.micro_batches} must be at least 1")
 
 
 @dataclass

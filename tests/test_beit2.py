@@ -169,6 +169,12 @@ def test_an_early_layer_that_is_none_or_the_last_is_refused(early):
         beit2.build(an_encoder(), beit2.Config(early_layer=early))
 
 
+@pytest.mark.parametrize("module", [beit, beit2])
+def test_no_codes_are_refused(module):
+    with pytest.raises(ValueError, match=r"objective\.num_codes=-3 must be the tokenizer's number, at least 1"):
+        module.build(an_encoder(), module.Config(num_codes=-3))
+
+
 def test_no_extra_blocks_are_refused():
     with pytest.raises(ValueError, match=r"objective\.head_layers=0 must be at least 1; without, use objective"):
         beit2.build(an_encoder(), beit2.Config(early_layer=1, head_layers=0))

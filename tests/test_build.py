@@ -5,6 +5,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from mim import build
 from mim.config import ConfigError
@@ -224,3 +225,20 @@ def test_jitter_is_for_colour_and_at_most_one(recipe, channels, strength, messag
     sections = recipe()
     sections["data"] |= {"channels": channels, "jitter": strength}
     assert refusal(sections) == f"data.jitter={strength} {message}"
+
+
+# ---- statistics of a micro-batch -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("model", "depends"), [("mobilevitv2_050", True), ("convnext_atto", False)])
+def test_a_run_with_batch_norm_says_that_its_loss_depends_on_the_micro_batch(recipe, model, depends):
+    sections = recipe("simmim") | {"encoder": {"name": "dense", "model": model}}
+    sections["data"]["image_size"] = 64
+    objective = build.build(sections).objective.train()
+    assert objective.per_micro_batch == depends
+    images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[True, False, True, False]]).expand(3, -1)
+    three, two = (
+        objective({"images": images[:n], "mask": mask[:n], "num_masked": 2}, torch.tensor(0.0))["loss"] for n in (3, 2)
+    )
+    assert torch.allclose(three[:2], two, atol=1e-5) == (not depends)

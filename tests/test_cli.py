@@ -285,6 +285,7 @@ def test_an_unknown_recipe_is_refused_with_the_closest(refused):
         ("encoder.width=wide", "encoder.width: Value 'wide'"),
         ("optim=fast", "optim='fast' must be a section"),
         ("train.precision=bf8", "train.precision='bf8' is unknown; choose no, bf16 or fp16"),
+        ("train.micro_batches=0", "train.micro_batches=0 must be at least 1"),
         ("objective.name=mea", "objective.name='mea' is unknown; did you mean 'mae'?"),
         ("encoder.name=resnet", "encoder.name='resnet' is unknown; choose one of "),
         ("mask.name=blok", "mask.name='blok' is unknown; did you mean 'block'?"),

@@ -56,6 +56,11 @@ def test_a_recipe_is_plain_data_with_overrides_parsed_as_yaml(write):
     assert type(read["data"]["size"]) is list
 
 
+def test_a_section_of_null_is_taken_out(write):
+    path = write("evals: {knn: {every: 1 epochs}}\noptim: {lr: 1.0e-3}\n")
+    assert config.read(path, ["evals=null", "optim.clip=null"]) == {"optim": {"lr": 0.001, "clip": None}}
+
+
 @pytest.mark.parametrize("name", ["mae_vittiny_cifar10", "mae_vittiny_cifar10.yaml"])
 def test_a_recipe_that_ships_is_found_by_its_name(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

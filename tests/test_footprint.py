@@ -55,6 +55,18 @@ def test_the_operations_of_an_image_do_not_depend_on_the_batch(measured):
         assert few.flops() > 0
 
 
+@pytest.mark.parametrize("groups", [1, 4, 8])
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_the_gradients_of_a_convolution_cost_twice_its_forward_pass(kind, groups):
+    """torch's own formula multiplies the weight's by the number of groups."""
+    convolution, x = kind(8, 16, 3, stride=2, groups=groups), torch.randn(2, 8, 9, 9, requires_grad=True)
+    with footprint.operations() as forward:
+        y = convolution(x)
+    with footprint.operations() as backward:
+        y.sum().backward()
+    assert backward.get_total_flops() == 2 * forward.get_total_flops() > 0
+
+
 def test_every_parameter_belongs_to_one_part(measured, recipe):
     found = measured()
     objective = meta(recipe()).objective

@@ -209,6 +209,30 @@ def test_a_ratio_that_leaves_no_cell_visible_is_refused():
         cells((14, 14), np.random.default_rng(0), ratio=0.9, cell=7)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_patches": 0}, "mask.min_patches=0 must be at least 1"),
+        ({"min_aspect": 0.0}, "mask.min_aspect=0.0 must be above 0 and at most 1"),
+        ({"min_aspect": 3.0}, "mask.min_aspect=3.0 must be above 0 and at most 1"),
+    ],
+)
+def test_blocks_that_cannot_be_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        masking.block((14, 14), np.random.default_rng(0), **options)
+
+
+@pytest.mark.parametrize("grid", [(4, 40), (40, 4)])
+def test_a_block_reaches_from_no_edge_of_the_grid_to_the_other(grid):
+    """As published: its height stays below the grid's, and its width."""
+    highest = [0, 0]
+    for i in range(300):
+        mask = np.zeros(grid, dtype=bool)
+        masking._add_block(mask, np.random.default_rng(i), 60, 16, 0.3)
+        highest = [max(most, int(mask.any(axis=axis).sum())) for most, axis in zip(highest, (1, 0), strict=True)]
+    assert highest[grid.index(4)] == 3
+
+
 def test_a_block_adds_no_more_than_remains():
     for i in range(100):
         mask = np.random.default_rng(1000 + i).random((8, 8)) < 0.5

@@ -224,6 +224,11 @@ def test_the_rates_of_simmim_fall_to_a_tenth_after_700_of_800_epochs():
         ({"length": "long"}, "optim.length='long' is not a duration"),
         ({"warmup": "2 weeks"}, "optim.warmup='2 weeks' is not a duration"),
         ({"warmup": "11 epochs"}, "optim.warmup='11 epochs' is 110 steps, longer than the run of 100 steps"),
+        ({"layer_decay": 2.0}, "optim.layer_decay=2.0 must be at least 0 and at most 1"),
+        ({"warmup_lr": -1.0}, "optim.warmup_lr=-1.0 must be at least 0"),
+        ({"ema": 1.5}, "optim.ema=1.5 must be at least 0 and at most 1"),
+        ({"betas": [0.9]}, "optim.betas=[0.9] must be two numbers, at least 0 and below 1"),
+        ({"betas": [0.9, 1.0]}, "optim.betas=[0.9, 1.0] must be two numbers, at least 0 and below 1"),
     ],
 )
 def test_what_makes_no_schedule_is_refused(options, message):

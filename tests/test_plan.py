@@ -96,6 +96,20 @@ def test_a_tokenizer_that_is_not_trained_yet_is_planned_from_its_recipe(write, c
     assert found["memory"]["frozen"] > 0
 
 
+def test_a_teacher_that_is_not_trained_yet_is_planned_from_its_recipe(capsys):
+    assert plan.main("vqkd_mae_cifar10", [], images=1000, as_json=True) == train.DONE
+    said = capsys.readouterr()
+    assert "no trained teacher yet: planned from its recipe mae_vittiny_cifar10" in said.err
+    parts = json.loads(said.out)["parts"]
+    assert parts["teacher"]["forward"] > 0
+    assert (parts["teacher"]["trained"], parts["teacher"]["backward"]) == (0, 0)
+
+
+def test_a_frozen_network_without_path_and_recipe_is_refused():
+    with pytest.raises(ConfigError, match=r"teacher\.path is missing"):
+        plan.main("vqkd_mae_cifar10", ["teacher.path=null", "teacher.recipe=null"], images=1000)
+
+
 def test_a_trained_tokenizer_is_the_one_that_is_planned(planned, saved_tokenizer):
     described = json.loads((saved_tokenizer / "tokenizer.json").read_text())
     assert described["config"]["num_codes"] == 16
@@ -157,6 +171,12 @@ def test_the_text_tells_what_the_numbers_are(write, capsys):
         "train.micro_batches that fit about: 16 GiB with 1, ",
     ):
         assert words in said
+
+
+def test_no_precision_needs_no_quotes(write, capsys):
+    """YAML makes False of a bare no."""
+    assert plan.main(write(), ["train.precision=no"], as_json=True) == train.DONE
+    assert json.loads(capsys.readouterr().out)["memory"]["precision"] == "no"
 
 
 def test_a_precision_that_is_unknown_is_refused(write):

@@ -1,5 +1,6 @@
 """Every recipe that ships is complete: it builds, its schedule resolves, and it tells its command."""
 
+import functools
 import math
 import re
 from pathlib import Path
@@ -36,23 +37,32 @@ def sections(path):
     return config.plain(config.typed(train.Config, config.read(str(path))))
 
 
+@pytest.fixture
+def built(path):
+    return built_from(path)
+
+
+@functools.cache
+def built_from(path):
+    """What a recipe makes, without memory; no test changes it."""
+    with torch.device("meta"):
+        return build.build(config.plain(config.typed(train.Config, config.read(str(path)))), load_frozen=False)
+
+
 def test_there_are_recipes():
     assert RECIPES
 
 
-def test_a_recipe_builds_without_its_data_and_without_memory(sections):
-    with torch.device("meta"):
-        built = build.build(sections, load_frozen=False)
+def test_a_recipe_builds_without_its_data_and_without_memory(sections, built):
     assert sum(p.numel() for p in built.objective.parameters() if p.requires_grad) > 0
     assert all(p.is_meta for p in built.objective.parameters())
     assert optim.parameter_groups(built.objective, config.typed(train.Config, sections).optim)
     assert not [p for network in built.frozen.values() for p in network.parameters() if p.requires_grad]
 
 
-def test_a_recipe_builds_again_from_what_its_run_would_save(sections):
+def test_a_recipe_builds_again_from_what_its_run_would_save(built):
     with torch.device("meta"):
-        resolved = build.build(sections, load_frozen=False).sections
-        assert build.build(resolved, load_frozen=False).sections == resolved
+        assert build.build(built.sections, load_frozen=False).sections == built.sections
 
 
 def test_a_schedule_resolves_for_small_and_large_data_sets(sections):

@@ -392,6 +392,12 @@ def test_a_size_that_does_not_divide_is_refused():
         ({**HYBRID, "model": "vit_base_resnet26d_224"}, "has BatchNorm in its stem, so the loss would depend on how"),
         ({"patch_size": 5}, "image size 32x48 does not divide by the patch size 5"),
         ({"mean": [0.5], "std": [0.5]}, "encoder.mean has 1 values for images of 3 channels"),
+        ({"std": [0.5, 0.0, 0.5]}, "encoder.std=[0.5, 0.0, 0.5] must be above 0: pixels are divided by it"),
+        ({"depth": 0}, "encoder.depth=0 must be at least 1, or null: the model's own"),
+        ({"num_heads": 0}, "encoder.num_heads=0 must be at least 1"),
+        ({"patch_size": -4}, "encoder.patch_size=-4 must be at least 1"),
+        ({"num_registers": -1}, "encoder.num_registers=-1 must be at least 0"),
+        ({"drop_path_rate": 1.5}, "encoder.drop_path_rate=1.5 must be at least 0 and below 1"),
     ],
 )
 def test_what_makes_no_encoder_is_refused(changes, message):

@@ -482,6 +482,13 @@ def test_the_recipe_of_a_continuation_starts_and_says_what_became_of_every_tenso
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_from_a_run_of_ours_reports_what_it_would_take(shards, first, tmp_path, capsys):
+    overrides = [f"data.path={shards}", f"init.run={first}", f"train.run={tmp_path / 'run'}"]
+    assert train.main("continue_demo", overrides, dry_run=True) == train.DONE
+    assert "weights from" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_report_names_the_odd_ones_and_counts_the_rest():
     report = weights.Report("f.pth", "MAE", 12, loaded=["a"] * 9, unused=[f"u{i}" for i in range(8)])
     assert report.lines() == [

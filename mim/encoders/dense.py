@@ -23,7 +23,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from mim.backbone import keep_statistics
+from mim.backbone import check, keep_statistics
 from mim.contracts import Features
 from mim.patches import blank, grid_of, replace
 from mim.survey import Refused, Stem, Survey, as_tokens, final_norm, survey
@@ -52,9 +52,7 @@ class Config:
 
 def build(cfg: Config, *, image_size: tuple[int, int], channels: int) -> Dense:
     """Build the encoder for images of one size; what the model cannot serve is refused."""
-    if not timm.is_model(cfg.model):
-        close = timm.list_models(f"*{cfg.model.split('_')[0]}*")[:5]
-        raise ValueError(f"encoder.model={cfg.model!r} is not a timm model; some that are: {', '.join(close)}")
+    check(cfg)
     known = _options(cfg.model)
     if unknown := sorted(cfg.options.keys() - (known - RESERVED)):
         raise ValueError(

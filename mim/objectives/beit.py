@@ -26,6 +26,8 @@ class Config:
 
 def build(encoder: Encoder, cfg: Config) -> BEiT:
     """Wrap any encoder that can replace patches."""
+    if cfg.num_codes < 1:
+        raise ValueError(f"objective.num_codes={cfg.num_codes} must be the tokenizer's number, at least 1")
     return BEiT(encoder, cfg)
 
 

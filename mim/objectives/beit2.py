@@ -32,6 +32,8 @@ class Config:
 
 def build(encoder: Encoder, cfg: Config) -> BEiT2:
     """Wrap an encoder that has a class token and can replace patches."""
+    if cfg.num_codes < 1:
+        raise ValueError(f"objective.num_codes={cfg.num_codes} must be the tokenizer's number, at least 1")
     if not 0 < cfg.early_layer < encoder.depth:
         raise ValueError(
             f"objective.early_layer={cfg.early_layer} must lie from 1 to {encoder.depth - 1}: the encoder has "

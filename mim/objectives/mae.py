@@ -41,10 +41,14 @@ class Config:
 def build(encoder: Encoder, cfg: Config) -> MAE:
     """Wrap an encoder that can drop patches."""
     if not encoder.can_drop:
-        raise ValueError("objective.name=mae needs an encoder that can drop patches; use encoder.name=vit")
-    if cfg.decoder_width % cfg.decoder_num_heads:
+        raise ValueError("objective.name=mae needs an encoder that can drop patches; use encoder.name=vit or eva")
+    for name, value in (("depth", cfg.decoder_depth), ("num_heads", cfg.decoder_num_heads)):
+        if value < 1:
+            raise ValueError(f"objective.decoder_{name}={value} must be at least 1")
+    if cfg.decoder_width < 1 or cfg.decoder_width % 4 or cfg.decoder_width % cfg.decoder_num_heads:
         raise ValueError(
-            f"objective.decoder_width={cfg.decoder_width} does not divide by {cfg.decoder_num_heads} heads"
+            f"objective.decoder_width={cfg.decoder_width} must divide by 4 (sine-cosine positions) and by "
+            f"objective.decoder_num_heads={cfg.decoder_num_heads}"
         )
     if not 0 < cfg.decode_ratio <= 1:
         raise ValueError(f"objective.decode_ratio={cfg.decode_ratio} must be above 0 and at most 1")
