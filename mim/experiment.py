@@ -6,13 +6,13 @@ frozen tokenizer's hash, and without paths. The machine may change between two s
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+import tokenizer as tokenizers
 from mim import build, checkpoint, config, optim, weights
 from mim.config import ConfigError
 from mim.data import mixture, order
@@ -34,9 +34,7 @@ def identity(sections: dict[str, Any], dataset: mixture.AnyDataset) -> dict[str,
     if (sections.get("init") or {}).get("run") is not None:
         found["init"] = {**sections["init"], "run": Path(sections["init"]["run"]).name}
     if sections.get("encoder") is not None and sections.get("tokenizer") is not None:
-        folder = Path(sections["tokenizer"]["path"])
-        files = (folder / "tokenizer.json", folder / "tokenizer.safetensors")
-        found["tokenizer"] = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+        found["tokenizer"] = tokenizers.file_hash(sections["tokenizer"]["path"])
     return found
 
 
