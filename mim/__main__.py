@@ -235,7 +235,7 @@ def tokenizer_group() -> None:
 
 
 @tokenizer_group.command("import")
-@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def tokenizer_import(files: tuple[Path, ...], out: Path, as_json: bool) -> None:

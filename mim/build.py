@@ -273,9 +273,10 @@ def load_tokenizer(folder: Path, data: dict[str, Any]) -> LoadedRun:
     """
     try:
         tokenizer = tokenizers.load(folder)
+        found = config.typed(stream.Config, {"channels": tokenizer.channels, **data}, "data")
+        tokenizer.grid(image_size(found))
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    found = config.typed(stream.Config, {"channels": tokenizer.channels, **data}, "data")
     _check_channels(tokenizer, found.channels)
     objective_module, objective_cfg = config.component("mim.objectives", {"name": "tokenize"}, "objective")
     objective = objective_module.build(tokenizer, objective_cfg).eval().requires_grad_(False)

@@ -76,6 +76,8 @@ def import_tokenizer(files: Sequence[Path], out: Path) -> Report:
 
 def open_file(file: Path) -> weight_files.Source:
     """The tensors of a file; one of our own is refused, for it needs no import."""
+    if not file.is_file():
+        raise ConfigError(f"{file} is not a file; give the release's own, e.g. encoder.pkl decoder.pkl, then OUT")
     if (file.parent / tokenizers.DESCRIPTION).is_file() and file.name == tokenizers.WEIGHTS:
         raise ConfigError(f"{file} is a tokenizer of ours already; set tokenizer.path={file.parent}")
     return weight_files.from_file(file)
