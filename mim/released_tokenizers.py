@@ -53,7 +53,8 @@ def import_tokenizer(files: Sequence[Path], out: Path) -> Report:
     sources = [open_file(file) for file in files]
     origin = " and ".join(source.origin for source in sources)
     released = recognise(sources)
-    state = {name: tensor.float() for name, tensor in released.tensors.items()}
+    # Copies, for tensors of a pickle may share memory, which safetensors refuses to write.
+    state = {name: tensor.to(torch.float32, copy=True) for name, tensor in released.tensors.items()}
     broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
     if broken:
         raise ConfigError(

@@ -54,7 +54,7 @@ class Inert:
 
 
 class Network(Inert):
-    """Takes the place of a pickled network: keeps its tensors and the networks in it by name, and cannot run."""
+    """Takes the place of a pickled network: keeps its parameters and the networks in it by name, and cannot run."""
 
     state: dict[str, Any] = {}  # noqa: RUF012  replaced, never changed
 
@@ -62,7 +62,7 @@ class Network(Inert):
         self.state = state if isinstance(state, dict) else {}
 
     def inside(self, kind: str) -> dict[Any, Any]:
-        """What it holds in `_parameters`, `_buffers` or `_modules`."""
+        """What it holds in `_parameters` or `_modules`."""
         found = self.state.get(kind)
         return found if isinstance(found, dict) else {}
 
@@ -213,7 +213,7 @@ def unwrap(loaded: Any, path: Path) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def tensors_inside(network: Network, path: Path) -> dict[str, Tensor]:
-    """The tensors of a pickled network in the names of its state dict.
+    """The parameters of a pickled network in the names of its state dict.
 
     A file may nest a network in itself, so their number has an end.
     """
@@ -222,10 +222,9 @@ def tensors_inside(network: Network, path: Path) -> dict[str, Tensor]:
     for prefix, part in places:  # it grows
         if len(places) > MAX_NETWORKS:
             raise ConfigError(f"{path} holds more than {MAX_NETWORKS} networks, or one inside itself; fetch it again")
-        own = {**part.inside("_parameters"), **part.inside("_buffers")}
+        own, parts = part.inside("_parameters"), part.inside("_modules")
         found |= {f"{prefix}{name}": value.detach() for name, value in own.items() if isinstance(value, Tensor)}
-        parts = part.inside("_modules").items()
-        places += [(f"{prefix}{name}.", inner) for name, inner in parts if isinstance(inner, Network)]
+        places += [(f"{prefix}{name}.", inner) for name, inner in parts.items() if isinstance(inner, Network)]
     return found
 
 

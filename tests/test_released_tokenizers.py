@@ -359,6 +359,7 @@ def test_codes_and_features_of_vq_kd_equal_a_reference_by_the_table_of_names(tmp
     placed = book[codes].mT.unflatten(2, (4, 4))
     features = reference_task(state, "decode_task_layer", reference_vit(state, "decoder", placed))
     assert torch.allclose(found.decode(codes, (4, 4)), features, atol=1e-4)
+    assert found.quantizer.sums.equal(book * state["quantize.cluster_size"][:, None])
 
 
 def test_the_report_of_vq_kd_names_what_was_dropped_and_the_config_says_what_the_shapes_say(tmp_path):
@@ -399,6 +400,18 @@ def test_the_published_shapes_of_vq_kd_are_those_of_its_default_config(target):
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_file_is_refused_with_what_to_give(tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.pkl is not a file; give the release's own"):
+        import_tokenizer([tmp_path / "none.pkl"], tmp_path / "out")
+
+
+def test_tensors_that_share_memory_are_written_apart(own, tmp_path):
+    own.encoder.blocks.group_1.block_2.res_path.conv_2.w = own.encoder.blocks.group_1.block_1.res_path.conv_2.w
+    torch.save(own.state_dict(), tmp_path / "dvae.pth")
+    import_tokenizer([tmp_path / "dvae.pth"], tmp_path / "out")
+    equal(tokenizers.load(tmp_path / "out"), own)
 
 
 def test_a_file_that_is_neither_is_refused_with_the_keys_it_has(tmp_path):
