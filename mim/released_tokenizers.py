@@ -181,7 +181,7 @@ def vqkd(source: weight_files.Source) -> Released:
     neutral = [] if "quantize.cluster_size" in theirs else list(counts)
     kept = {f"{prefix}{name}" for name in used}
     unused = [name for name in source.tensors if name not in kept]
-    notes = ["the averages of vectors per code, which the file lacks, are its codes times how often it used them"]
+    notes = ["the averages behind its codes (quantizer.sums) are the codes times how often it used them"]
     return Released("VQ-KD of BEiT v2", "vqkd", vqkd_config(theirs, origin), tensors, unused, neutral, notes)
 
 
