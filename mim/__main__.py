@@ -164,25 +164,37 @@ def evaluate(
 ) -> None:
     """Run evaluation NAME on a RUN directory and print what it yields as JSON.
 
+    RUN may be a tokenizer's folder (`mim tokenizer import`), with the images to look at as data.KEY=VALUE. The score
+    card of its codebook is then written into the folder, too.
+
     \b
     Examples:
       mim eval knn runs/mae_vittiny_cifar10
       mim eval ridge runs/mae_vittiny_cifar10 pool=class
       mim eval reconstruction runs/beit_vittiny_cifar10 num_images=16
+      mim eval codebook tokenizers/dalle data.path=shards/photos data.image_size=112
     """
     import torch
 
+    import tokenizer as tokenizers
     from mim import build, config
     from mim.train import record
 
+    options = pairs(overrides)
+    folder = (run / tokenizers.DESCRIPTION).is_file()  # a tokenizer alone: the images are named here
+    data = {key.removeprefix("data."): options.pop(key) for key in list(options) if folder and key.startswith("data.")}
+    if folder and step is not None:
+        raise click.UsageError(f"--step chooses a checkpoint of a run, but {run} is a tokenizer's folder; leave it out")
     with config.plugins(plugins):
-        module, cfg = config.component("mim.evals", {"name": name, **pairs(overrides)}, "eval")
-        loaded = build.load_run(run, step=step)
+        module, cfg = config.component("mim.evals", {"name": name, **options}, "eval")
+        loaded = build.load_tokenizer(run, data) if folder else build.load_run(run, step=step)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     for network in (loaded.objective, *loaded.frozen.values()):
         network.to(device)
     with torch.no_grad():
         numbers, pictures = record(module.run(loaded, cfg), out or run / "pictures", loaded.step)
+    if folder and name == "codebook" and not (run / "manifest.json").exists():  # a checkpoint's files are hashed
+        tokenizers.write_card(run, numbers)
     click.echo(json.dumps({"run": str(run), "step": loaded.step, "eval": name, **numbers, **pictures}, indent=1))
 
 
@@ -210,6 +222,39 @@ def export(
         loaded = build.load_run(run, step=step)
     report = module.export(loaded, out, cfg)
     click.echo(json.dumps({**report, "out": str(out)}, indent=1))
+
+
+@cli.group("tokenizer")
+def tokenizer_group() -> None:
+    """Work with tokenizers that were trained elsewhere.
+
+    \b
+    Example:
+      mim tokenizer import encoder.pkl decoder.pkl tokenizers/dalle
+    """
+
+
+@tokenizer_group.command("import")
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def tokenizer_import(files: tuple[Path, ...], out: Path, as_json: bool) -> None:
+    """Turn a released tokenizer into the folder OUT, which `tokenizer.path=OUT` of a BEiT recipe reads.
+
+    FILES are OpenAI's encoder.pkl and decoder.pkl (in any order; whole networks or their state dicts), or one VQ-KD
+    checkpoint of BEiT v2. They are data: no code in them is run. What became of every tensor stands in OUT/init.json.
+
+    \b
+    Examples:
+      mim tokenizer import encoder.pkl decoder.pkl tokenizers/dalle
+      mim tokenizer import vqkd_encoder_base_decoder_3x768x12_clip.pth tokenizers/vqkd
+      mim eval codebook tokenizers/vqkd data.path=shards/photos
+      mim train beit_vitb16_in1k data.path=shards/photos tokenizer.path=tokenizers/dalle
+    """
+    from mim.released_tokenizers import import_tokenizer
+
+    report = import_tokenizer(files, out)
+    click.echo(json.dumps({**vars(report), "out": str(out)}, indent=1) if as_json else "\n".join(report.lines()))
 
 
 def pairs(overrides: tuple[str, ...]) -> dict[str, Any]:

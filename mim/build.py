@@ -272,6 +272,25 @@ def load_run(path: Path | str, *, step: int | None = None, report: Callable[[str
     return LoadedRun(model, built.encoder, built.frozen, built.views, built.sections, checkpoint.step_of(folder), run)
 
 
+def load_tokenizer(folder: Path, data: dict[str, Any]) -> LoadedRun:
+    """Open a tokenizer's folder as evaluations see a run of it, on the images of a section `data`.
+
+    A folder has no recipe, and a tokenizer of features no teacher in it: what compares with a teacher is left out.
+    """
+    try:
+        tokenizer = tokenizers.load(folder)
+        found = config.typed(stream.Config, {"channels": tokenizer.channels, **data}, "data")
+        tokenizer.grid(image_size(found))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    _check_channels(tokenizer, found.channels)
+    objective_module, objective_cfg = config.component("mim.objectives", {"name": "tokenize"}, "objective")
+    objective = objective_module.build(tokenizer, objective_cfg).eval().requires_grad_(False)
+    eval_view = config.bind("mim.data.augment", found.eval_view, "data.eval_view")
+    views = Views(found, [image_size(found)], eval_view, eval_view, None)
+    return LoadedRun(objective, None, {}, views, {"data": config.plain(found)}, 0, folder)
+
+
 def tokenizer_path(section: dict[str, Any]) -> Path:
     """The folder that holds a frozen tokenizer's files: the section's path, or the newest checkpoint of that run."""
     if not section.get("path"):
@@ -404,7 +423,11 @@ def _check_agreement(objective: Any, sections: Sections, frozen: dict[str, Any])
         theirs, ours = frozen["teacher"].width, objective.tokenizer.target_width
         if theirs != ours:
             raise ConfigError(f"tokenizer.target_width={ours}, but the teacher is {theirs} wide; make them equal")
-    channels = sections["data"].get("channels", 3)
     tokenizer = frozen.get("tokenizer") or getattr(objective, "tokenizer", None)
-    if tokenizer is not None and tokenizer.channels != channels:
+    if tokenizer is not None:
+        _check_channels(tokenizer, sections["data"].get("channels", 3))
+
+
+def _check_channels(tokenizer: Any, channels: int) -> None:
+    if tokenizer.channels != channels:
         raise ConfigError(f"the tokenizer takes {tokenizer.channels} channels, but data.channels={channels}")

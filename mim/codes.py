@@ -71,12 +71,17 @@ def neighbours_differ(codes: Tensor, grid: tuple[int, int]) -> Tensor:
     return (square[:, :, 1:] != square[:, :, :-1]).float().mean(dim=(1, 2))  # (B,)
 
 
-def misfit(tokenizer: Any, batch: Batch, grid: tuple[int, int]) -> tuple[str, Tensor]:
-    """What decoding the codes loses: mean absolute error of pixels (B,), or keeps: cosine to the features (B,)."""
+def misfit(tokenizer: Any, batch: Batch, grid: tuple[int, int]) -> dict[str, Tensor]:
+    """What decoding the codes loses: mean absolute error of pixels (B,), or keeps: cosine to the features (B,).
+
+    Empty where the codes are of features and no teacher wrote any.
+    """
     decoded = tokenizer.decode(batch["codes"], grid)
     if decoded.ndim == 4:
-        return "recon_mae", (decoded - images_of(batch)).abs().flatten(1).mean(dim=1)
-    return "teacher_cosine", F.cosine_similarity(decoded, batch["targets"].float(), dim=-1).mean(dim=1)
+        return {"recon_mae": (decoded - images_of(batch)).abs().flatten(1).mean(dim=1)}
+    if "targets" not in batch:
+        return {}
+    return {"teacher_cosine": F.cosine_similarity(decoded, batch["targets"].float(), dim=-1).mean(dim=1)}
 
 
 def histogram(codes: Tensor, num_codes: int) -> Tensor:

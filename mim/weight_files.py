@@ -2,8 +2,8 @@
 
 Reading executes nothing. Safetensors are read as such; pickles through torch's restricted reader, in which the few
 classes that published training scripts leave beside their tensors (BEiT and MAE an `argparse.Namespace`, SimMIM a yacs
-`CfgNode`) are replaced by empty stand-ins. Any other class is refused by name. This is the only module that may call
-`torch.load` (tests/test_layers.py).
+`CfgNode`) are replaced by empty stand-ins, and those of DALL-E's whole pickled networks by ones that keep only tensors.
+Any other class is refused by name. This is the only module that may call `torch.load` (tests/test_layers.py).
 """
 
 from __future__ import annotations
@@ -26,6 +26,19 @@ from mim.config import ConfigError
 from mim.log import say
 
 WRAPPERS = ("teacher", "model_ema", "state_dict_ema", "model", "module", "state_dict", "student")  # first one wins
+DALLE = (  # classes of OpenAI's encoder.pkl and decoder.pkl
+    "dall_e.encoder.Encoder",
+    "dall_e.encoder.EncoderBlock",
+    "dall_e.decoder.Decoder",
+    "dall_e.decoder.DecoderBlock",
+    "dall_e.utils.Conv2d",
+    "torch.nn.modules.activation.ReLU",
+    "torch.nn.modules.container.Sequential",
+    "torch.nn.modules.linear.Identity",
+    "torch.nn.modules.pooling.MaxPool2d",
+    "torch.nn.modules.upsampling.Upsample",
+)
+MAX_NETWORKS = 1000  # in one file; each half of the release has 101
 NUMPY_SCALARS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype")
 
 
@@ -40,11 +53,26 @@ class Inert:
     def __setstate__(self, _: Any) -> None: ...
 
 
+class Network(Inert):
+    """Takes the place of a pickled network: keeps its parameters and the networks in it by name, and cannot run."""
+
+    state: dict[str, Any] = {}  # noqa: RUF012  replaced, never changed
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state if isinstance(state, dict) else {}
+
+    def inside(self, kind: str) -> dict[Any, Any]:
+        """What it holds in `_parameters` or `_modules`."""
+        found = self.state.get(kind)
+        return found if isinstance(found, dict) else {}
+
+
 STAND_INS = [
     (Inert, "argparse.Namespace"),  # BEiT, MAE, DINO, iBOT
     (Inert, "pathlib.PosixPath"),  # in such a Namespace
     *((Inert, name) for name in NUMPY_SCALARS),  # best accuracies
     (OrderedDict, "yacs.config.CfgNode"),  # SimMIM; a mapping
+    *((Network, name) for name in DALLE),
 ]
 
 
@@ -168,6 +196,8 @@ def from_run(source: str, *, averaged: bool) -> Source:
 
 def unwrap(loaded: Any, path: Path) -> tuple[dict[str, Tensor], list[str]]:
     """Descend through {'model': ...} and the like to the dict of tensors; says what was chosen among several."""
+    if isinstance(loaded, Network):
+        return tensors_inside(loaded, path), ["a whole pickled network, of which only the tensors were read"]
     notes = []
     while isinstance(loaded, dict) and not _holds_tensors(loaded):
         inside = [key for key in WRAPPERS if isinstance(loaded.get(key), dict)]
@@ -180,6 +210,22 @@ def unwrap(loaded: Any, path: Path) -> tuple[dict[str, Tensor], list[str]]:
         keys = ", ".join(map(str, list(loaded)[:8])) if isinstance(loaded, dict) else type(loaded).__name__
         raise ConfigError(f"{path} holds no dict of tensors, only: {keys}")
     return {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}, notes
+
+
+def tensors_inside(network: Network, path: Path) -> dict[str, Tensor]:
+    """The parameters of a pickled network in the names of its state dict.
+
+    A file may nest a network in itself, so their number has an end.
+    """
+    found: dict[str, Tensor] = {}
+    places = [("", network)]
+    for prefix, part in places:  # it grows
+        if len(places) > MAX_NETWORKS:
+            raise ConfigError(f"{path} holds more than {MAX_NETWORKS} networks, or one inside itself; fetch it again")
+        own, parts = part.inside("_parameters"), part.inside("_modules")
+        found |= {f"{prefix}{name}": value.detach() for name, value in own.items() if isinstance(value, Tensor)}
+        places += [(f"{prefix}{name}.", inner) for name, inner in parts.items() if isinstance(inner, Network)]
+    return found
 
 
 def _holds_tensors(loaded: dict) -> bool:
@@ -203,10 +249,10 @@ def _read_pickle(path: Path) -> Any:
                 r"from the unsafe module ([\w.]+)", str(error)
             )
             if found:
-                allowed = ", ".join(name for _, name in STAND_INS if name not in NUMPY_SCALARS)
+                allowed = ", ".join(name for _, name in STAND_INS if name not in (*NUMPY_SCALARS, *DALLE))
                 raise ConfigError(
-                    f"{path} wants to load {found[1]}, which could run code; beside tensors only {allowed} are "
-                    f"accepted: save its state dict as safetensors where you trust it"
+                    f"{path} wants to load {found[1]}, which could run code; beside tensors only {allowed} "
+                    f"and DALL-E's networks are accepted: save its state dict as safetensors where you trust it"
                 ) from error
             if "TorchScript" in str(error):
                 raise ConfigError(

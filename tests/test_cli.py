@@ -12,10 +12,12 @@ import pytest
 from PIL import Image
 from torch._utils import ExceptionWrapper
 
+import tokenizer as tokenizers
 from mim import __main__, __version__, config
 from mim.contracts import DataError, StorageError
 from mim.data.shards import Dataset
 from tests import damage
+from tokenizer import vqkd
 
 
 @pytest.fixture
@@ -441,6 +443,97 @@ def test_a_mistake_with_a_run_is_told(mim, trained, tmp_path, arguments, start):
     assert out == ""
     assert err.splitlines()[-1 if "another experiment" not in start else 0].startswith("mim: " + start.format(**names))
     assert "Traceback" not in err
+
+
+# ---- tokenizers from elsewhere -------------------------------------------------------------------
+
+
+@pytest.fixture
+def imported(mim, saved_tokenizer, tmp_path):
+    """The folder that `mim tokenizer import` makes of a file of both halves of a dVAE."""
+    shutil.copy(saved_tokenizer / "tokenizer.safetensors", tmp_path / "dvae.safetensors")
+    code, out, _ = mim("tokenizer", "import", tmp_path / "dvae.safetensors", tmp_path / "imported")
+    assert code == 0
+    assert "DALL-E's dVAE" in out
+    return tmp_path / "imported"
+
+
+def test_an_imported_tokenizer_serves_beit_which_says_that_it_is_unmeasured(mim, imported, tiny, tmp_path):
+    run = f"train.run={tmp_path / 'run'}"
+    code, _, err = mim("train", tiny("beit"), f"tokenizer.path={imported}", run, "--dry-run")
+    assert code == 0
+    assert f"tokenizer {imported} is amber: its file holds no score card" in err
+
+
+def test_the_report_of_an_import_can_be_read_by_programs(mim, saved_tokenizer, tmp_path):
+    shutil.copy(saved_tokenizer / "tokenizer.safetensors", tmp_path / "dvae.safetensors")
+    code, out, _ = mim("tokenizer", "import", tmp_path / "dvae.safetensors", tmp_path / "out", "--json")
+    assert code == 0
+    report = json.loads(out)
+    assert report["num_wanted"] == len(report["loaded"]) > 0
+    assert report["out"] == str(tmp_path / "out")
+
+
+def test_an_imported_tokenizer_is_measured_on_given_images_and_keeps_its_card(mim, imported, shards):
+    options = (f"data.path={shards}", "data.image_size=32", "train_limit=16", "val_limit=16")
+    code, out, _ = mim("eval", "codebook", imported, *options)
+    assert code == 0
+    shown = json.loads(out)
+    card = json.loads((imported / "tokenizer.json").read_text())["card"]
+    assert {"usage", "perplexity", "recon_mae", "probe"} <= card.keys()
+    assert card.items() <= shown.items()
+    assert (imported / "pictures" / "codes-00000000.png").is_file()
+    code, out, _ = mim("eval", "reconstruction", imported, f"data.path={shards}", "data.image_size=32", "num_images=2")
+    assert code == 0
+    assert json.loads((imported / "tokenizer.json").read_text())["card"] == card
+
+
+def test_codes_of_features_are_measured_without_their_teacher(mim, shards, tmp_path):
+    options = {"image_size": 32, "stride": 8, "width": 16, "depth": 1, "num_heads": 2, "decoder_width": 16,
+               "decoder_depth": 1, "decoder_num_heads": 2, "target_width": 8, "num_codes": 16,
+               "code_width": 8}  # fmt: skip
+    tokenizers.save(vqkd.build(vqkd.Config(**options)), tmp_path / "vqkd", name="vqkd", config=options, card={})
+    data = (f"data.path={shards}", "data.image_size=32", "val_limit=16", "train_limit=16")
+    code, out, _ = mim("eval", "codebook", tmp_path / "vqkd", *data)
+    assert code == 0
+    assert "usage" in json.loads(out)
+    assert "teacher_cosine" not in json.loads(out)
+
+
+def test_the_files_of_a_checkpoint_stay_as_they_were_hashed(mim, saved_tokenizer, shards, tmp_path):
+    folder = shutil.copytree(saved_tokenizer, tmp_path / "step-00000002")
+    (folder / "manifest.json").write_text("{}")
+    before = (folder / "tokenizer.json").read_bytes()
+    code, _, _ = mim("eval", "codebook", folder, f"data.path={shards}", "data.image_size=32", "val_limit=8")
+    assert code == 0
+    assert (folder / "tokenizer.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "start"),
+    [
+        (["data.image_size=32"], "data.path is missing; set it in the recipe or as data.path=..."),
+        (["data.path={shards}", "data.image_size=33"], "an image of 33x33 pixels does not divide by the tokenizer's"),
+        (["data.path={shards}", "data.channels=1"], "the tokenizer takes 3 channels, but data.channels=1"),
+        (["data.path={shards}", "val_limits=3"], "eval.val_limits is not a known key"),
+        (["data.path={shards}", "data.imagesize=32"], "data.imagesize is not a known key"),
+    ],
+)
+def test_a_mistake_about_the_images_to_measure_on_is_one_sentence(refused, saved_tokenizer, shards, arguments, start):
+    message = refused("eval", "codebook", saved_tokenizer, *(a.format(shards=shards) for a in arguments))
+    assert message.startswith(start)
+
+
+def test_a_tokenizer_s_folder_has_no_steps(mim, saved_tokenizer):
+    code, _, err = mim("eval", "codebook", saved_tokenizer, "--step", 3)
+    assert code == 2
+    assert "--step chooses a checkpoint of a run" in err
+
+
+def test_a_file_that_is_no_tokenizer_is_one_sentence(refused, tmp_path):
+    (tmp_path / "page.pkl").write_text("<html>404</html>")
+    message = refused("tokenizer", "import", tmp_path / "page.pkl", tmp_path / "out")
+    assert message.startswith(f"{tmp_path / 'page.pkl'} cannot be read as a torch file")
 
 
 # ---- exit codes ----------------------------------------------------------------------------------

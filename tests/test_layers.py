@@ -15,7 +15,7 @@ LEVELS = [
     {"mim.layouts", "mim.resample"},
     {"mim.weight_files"},
     {"mim.weights"},
-    {"mim.build"},
+    {"mim.build", "mim.released_tokenizers"},
     {"mim.features", "mim.experiment", "mim.footprint"},
     {"mim.codes"},
     {"mim.evals", "mim.exports", "mim.report"},

@@ -5,6 +5,7 @@ A tokenizer is a module of this folder with a dataclass `Config` and `build(cfg)
 and nothing is unpickled, so a tokenizer from elsewhere is data and never code.
 """
 
+import hashlib
 import importlib
 import json
 from pathlib import Path
@@ -64,7 +65,7 @@ def save(tokenizer: nn.Module, folder: str | Path, *, name: str, config: dict[st
     folder.mkdir(parents=True, exist_ok=True)
     description = {"format": FORMAT, "version": VERSION, "name": name, "config": config, "card": card}
     save_file(state, folder / WEIGHTS)
-    (folder / DESCRIPTION).write_text(json.dumps(description, indent=2, sort_keys=True) + "\n")
+    _write_json(folder / DESCRIPTION, description)
 
 
 def load(folder: str | Path) -> Any:
@@ -81,7 +82,7 @@ def load(folder: str | Path) -> Any:
     ):  # the initial weights are overwritten: they must not move anyone's random state
         tokenizer = module.build(cfg)
     state = load_file(folder / WEIGHTS)
-    _require_same_layout(state, tokenizer.state_dict(), folder / WEIGHTS)
+    require_same_layout(state, tokenizer.state_dict(), f"{folder / WEIGHTS} does not match its config")
     tokenizer.load_state_dict(state, assign=True)  # also where it was built without memory
     return tokenizer.requires_grad_(False).eval()
 
@@ -92,9 +93,49 @@ def score_card(folder: str | Path) -> dict[str, float]:
     return _description(file).get("card", {}) if file.is_file() else {}
 
 
+def file_hash(folder: str | Path) -> str:
+    """SHA-256 of which tokenizer lies in a folder: its name, config and weights, but not its scores."""
+    folder = Path(folder)
+    description = _description(folder / DESCRIPTION)
+    found = hashlib.sha256(json.dumps([description["name"], description["config"]], sort_keys=True).encode())
+    with (folder / WEIGHTS).open("rb") as file:
+        found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()
+
+
+def write_card(folder: str | Path, card: dict[str, float]) -> None:
+    """Replace the score card of the tokenizer in a folder."""
+    file = Path(folder) / DESCRIPTION
+    _write_json(file, {**_description(file), "card": card})
+
+
+def require_same_layout(found: dict[str, Tensor], expected: dict[str, Tensor], sentence: str) -> None:
+    """ValueError, which starts with `sentence`, with the names in which tensors differ from those of a tokenizer."""
+    missing = sorted(expected.keys() - found.keys())
+    extra = sorted(found.keys() - expected.keys())
+    other = sorted(
+        f"{key} ({list(found[key].shape)} instead of {list(expected[key].shape)})"
+        for key in expected.keys() & found.keys()
+        if expected[key].shape != found[key].shape
+    )
+    differences = {"lacks": missing, "also holds": extra, "has another shape of": other}
+    parts = [
+        f"{verb} {', '.join(keys[:3])}{' ...' if len(keys) > 3 else ''}" for verb, keys in differences.items() if keys
+    ]
+    if parts:
+        raise ValueError(f"{sentence}: it {' and '.join(parts)}")
+
+
 def names() -> list[str]:
     """Names of the tokenizers that stand in this folder."""
     return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if "\nclass Config" in path.read_text())
+
+
+def _write_json(file: Path, description: dict[str, Any]) -> None:
+    """Written aside, then renamed: a reader sees the old text or the new."""
+    aside = file.with_name(f".{file.name}.tmp")
+    aside.write_text(json.dumps(description, indent=2, sort_keys=True) + "\n")
+    aside.replace(file)
 
 
 def _description(path: Path) -> dict[str, Any]:
@@ -112,16 +153,3 @@ def _description(path: Path) -> dict[str, Any]:
     if not isinstance(description.get("config"), dict):
         raise ValueError(f'{path} has no "config" of tokenizer.{description["name"]}')
     return description
-
-
-def _require_same_layout(found: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:
-    """One sentence that names the tensors in which a file differs from the tokenizer that its config describes."""
-    missing = sorted(expected.keys() - found.keys())
-    extra = sorted(found.keys() - expected.keys())
-    other = sorted(key for key in expected.keys() & found.keys() if expected[key].shape != found[key].shape)
-    differences = {"lacks": missing, "also holds": extra, "has another shape of": other}
-    parts = [
-        f"{verb} {', '.join(keys[:3])}{' ...' if len(keys) > 3 else ''}" for verb, keys in differences.items() if keys
-    ]
-    if parts:
-        raise ValueError(f"{path} does not match its config: it {' and '.join(parts)}")

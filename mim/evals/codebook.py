@@ -63,9 +63,8 @@ def _card(tokenizer: Any, batches: Iterator[Batch]) -> NamedValues:
     for batch in batches:
         images = codes.images_of(batch)
         grid = tokenizer.grid((images.shape[-2], images.shape[-1]))
-        name, loss = codes.misfit(tokenizer, batch, grid)
         values = {
-            name: loss,
+            **codes.misfit(tokenizer, batch, grid),
             "distinct": codes.neighbours_differ(batch["codes"], grid),
             "stable_shift": codes.under_shift(tokenizer, batch, grid),
         }
