@@ -6,16 +6,16 @@ frozen tokenizer's hash, and without paths. The machine may change between two s
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+import tokenizer as tokenizers
 from mim import build, checkpoint, config, optim, weights
 from mim.config import ConfigError
-from mim.data import mixture, order
+from mim.data import mixture, order, tokens
 from mim.log import say
 
 EXPERIMENT = ("data", "mask", "encoder", "tokenizer", "teacher", "objective", "optim")
@@ -34,9 +34,12 @@ def identity(sections: dict[str, Any], dataset: mixture.AnyDataset) -> dict[str,
     if (sections.get("init") or {}).get("run") is not None:
         found["init"] = {**sections["init"], "run": Path(sections["init"]["run"]).name}
     if sections.get("encoder") is not None and sections.get("tokenizer") is not None:
-        folder = Path(sections["tokenizer"]["path"])
-        files = (folder / "tokenizer.json", folder / "tokenizer.safetensors")
-        found["tokenizer"] = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+        cached = sections.get("tokens")  # its codes are those of the tokenizer that the cache names
+        found["tokenizer"] = (
+            tokens.TokenCache.open(cached).tokenizer.sha256
+            if cached is not None
+            else tokenizers.file_hash(sections["tokenizer"]["path"])
+        )
     return found
 
 
@@ -90,6 +93,7 @@ def describe(
     rows = order.Plan(built.views.data.repeats, batch_size, world=ranks, micro_batches=micro).micro_size
     count = sum(p.numel() for p in built.objective.parameters() if p.requires_grad) / 1e6
     inside = sum(p.numel() for p in built.encoder.parameters()) / 1e6 if built.encoder is not None else 0.0
+    cache = built.views.cache
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     epoch = len(dataset) / batch_size
     objective = built.sections["objective"]["name"]
@@ -99,6 +103,7 @@ def describe(
         f"batch {batch_size} = {ranks} x {micro} micro-batch{'es' * (micro > 1)} of {rows}, "
         f"{workers} loader workers per rank",
         f"data {dataset.path}: {len(dataset)} images in {len(dataset.counts)} shards, views {built.views.sizes}",
+        *([cache.describe(tokens.made_with(rows, device))] if cache is not None else []),
         *(dataset.describe(batch_size, rates.total_steps) if isinstance(dataset, mixture.Mixture) else []),
         f"1 epoch = {len(dataset)} images = {epoch:.1f} steps; run = {rates.total_steps} steps; "
         f"learning rate {rates.lr:.3g} after {rates.warmup_steps} steps of warm-up",

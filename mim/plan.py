@@ -65,13 +65,7 @@ def data_paths(cfg: train.Config) -> list[Path]:
 
 def has_tokenizer(cfg: train.Config) -> bool:
     """Whether a recipe finds the trained tokenizer that it needs, or needs none."""
-    if cfg.encoder is None or cfg.tokenizer is None:
-        return True
-    try:
-        build.tokenizer_path(cfg.tokenizer)
-    except ConfigError:
-        return False
-    return True
+    return cfg.encoder is None or cfg.tokenizer is None or cfg.tokens is not None or build.has_tokenizer(cfg.tokenizer)
 
 
 def epochs_in(value: Any, key: str = "") -> Iterator[str]:

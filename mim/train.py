@@ -69,6 +69,7 @@ class Config:
     encoder: dict[str, Any] | None = None
     mask: dict[str, Any] | None = None
     tokenizer: dict[str, Any] | None = None
+    tokens: str | None = None  # token cache (mim tokens make): the codes without running the tokenizer
     teacher: dict[str, Any] | None = None  # frozen encoder whose features a tokenizer learns: {recipe: NAME, path: RUN}
     init: Init = field(default_factory=Init)
     train: Machine = field(default_factory=Machine)
@@ -126,7 +127,7 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
     # ---- data and networks -------------------------------------------------------------------------------------------
     with accelerator.main_process_first():
         dataset, _ = build.open_data(config.plain(cfg))
-    for line in build.check_tokenizer(cfg.tokenizer):
+    for line in build.check_tokenizer(cfg.tokenizer, cfg.tokens):
         say(line, main=main_rank)
     rates = optim.resolve(cfg.optim, len(dataset))
     intervals(cfg, len(dataset))  # a mistake in them is refused here, before anything is written
@@ -162,7 +163,7 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
     # ---- model and optimizer -----------------------------------------------------------------------------------------
     optimizer = optim.create(built.objective, cfg.optim)
     model, optimizer = accelerator.prepare(built.objective, optimizer)
-    for network in built.frozen.values():
+    for network in built.at_hand.values():
         network.to(accelerator.device)
     objective = accelerator.unwrap_model(model)
     trained = {n: p for n, p in objective.named_parameters() if p.requires_grad}
@@ -300,7 +301,7 @@ def loader(job: Job, start: int) -> Any:
         job.dataset,
         order=job.sequence,
         view=built.views.train,
-        sizes=built.views.sizes,
+        sizes=built.views.train_sizes,
         mask=built.views.mask,
         channels=built.views.data.channels,
         jitter=built.views.data.jitter,
@@ -311,6 +312,8 @@ def loader(job: Job, start: int) -> Any:
         position=start * cfg.optim.batch_size,
         num_steps=job.rates.total_steps - start,
         known=job.journal.bad,
+        views=built.views.data.views,
+        codes=built.views.cache.codes if built.views.cache is not None else None,
         workers=num_workers(cfg.train.workers),
         pin_memory=accelerator.device.type == "cuda",
     )
@@ -400,7 +403,7 @@ def look(job: Job, name: str, step: int, log: RunLog | None) -> None:
         module, cfg = config.component("mim.evals", eval_section(name, job.cfg.evals[name]), f"evals.{name}")
         with averaged(job) as objective:
             loaded = LoadedRun(
-                objective, objective.encoder, job.built.frozen, job.built.views, job.built.sections, step, job.run
+                objective, objective.encoder, job.built.at_hand, job.built.views, job.built.sections, step, job.run
             )
             numbers, pictures = record(module.run(loaded, cfg), job.run / "pictures", step)
         shown = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())

@@ -5,6 +5,7 @@ A tokenizer is a module of this folder with a dataclass `Config` and `build(cfg)
 and nothing is unpickled, so a tokenizer from elsewhere is data and never code.
 """
 
+import hashlib
 import importlib
 import json
 from pathlib import Path
@@ -90,6 +91,11 @@ def score_card(folder: str | Path) -> dict[str, float]:
     """The score card of the tokenizer in a folder; empty when it has none, or there is no tokenizer."""
     file = Path(folder) / DESCRIPTION
     return _description(file).get("card", {}) if file.is_file() else {}
+
+
+def file_hash(folder: str | Path) -> str:
+    """SHA-256 over the two files of the tokenizer in a folder: which tokenizer it is."""
+    return hashlib.sha256(b"".join((Path(folder) / name).read_bytes() for name in (DESCRIPTION, WEIGHTS))).hexdigest()
 
 
 def names() -> list[str]:
