@@ -55,7 +55,7 @@ class Built:
 
     objective: Any  # Objective: what is trained
     encoder: Any  # Encoder | None
-    frozen: dict[str, Any]  # networks that only write into the batch
+    frozen: dict[str, Any]  # networks that only write into the batch; no tokenizer where a cache holds its codes
     views: Views
     sections: Sections  # resolved: complete with defaults, as saved in config.yaml
 
@@ -262,10 +262,10 @@ def _part(root: Path, name: str) -> Path | None:
 
 @torch.no_grad()
 def write_targets(frozen: dict[str, Any], batch: Batch) -> None:
-    """Let the frozen networks write `codes`, unless they are there, or `targets` into a batch on the device."""
+    """Let the frozen networks write `codes` or `targets` into a batch that is on the device."""
     if "teacher" in frozen:
         batch["targets"] = frozen["teacher"](batch["images"])  # (B, N, D')
-    if "tokenizer" in frozen and "codes" not in batch:
+    if "tokenizer" in frozen:
         batch["codes"] = frozen["tokenizer"].encode(batch.get("tokenizer_images", batch["images"]))  # (B, N)
 
 

@@ -144,7 +144,8 @@ class Renderer:
         following = [*slots.sample[1:].tolist(), None]
         for row, (epoch, shard, index, number, draw) in enumerate(zip(*(a.tolist() for a in slots), strict=True)):
             name = (self.seed, epoch, number, draw)
-            if loaded != (epoch, number) and (shown is None or shown.number != number):
+            several_views = self.views is not None and shown is not None and shown.number == number
+            if loaded != (epoch, number) and not several_views:
                 attempts = functools.partial(substitute, row) if substitute is not None else None
                 place, several = Place(shard, index, number), following[row] == number
                 shown, views = self._load(place, name, attempts, batch["bad"], clock, several=several)
