@@ -124,10 +124,10 @@ def test_a_run_needs_no_tokenizer_beside_its_cache(dataset, cache, uncached, tmp
     "options", [{"data__repeats": 2, "train__micro_batches": 2}, {"data__view": {"name": "gray_crop"}}]
 )
 def test_draws_and_accumulation_read_the_same_codes_as_the_tokenizer_writes(
-    dataset,
+    dataset,  # noqa: F811
     tokenizer_folder,
     tmp_path,
-    options,  # noqa: F811
+    options,
 ):
     path = write_recipe(tmp_path, dataset, tokenizer_folder, **options)
     make_tokens.make(path, [], tmp_path / "tokens")
@@ -158,9 +158,9 @@ def test_what_fills_the_slot_of_a_bad_sample_has_its_own_codes(dataset, tokenize
 
 
 def test_a_sample_that_came_out_of_the_quarantine_is_not_trained_on_codes_that_nobody_made(
-    dataset,
+    dataset,  # noqa: F811
     tokenizer_folder,
-    tmp_path,  # noqa: F811
+    tmp_path,
 ):
     shutil.copytree(dataset, tmp_path / "data")
     damage.quarantine(Dataset.open(tmp_path / "data"), [4])
@@ -171,15 +171,18 @@ def test_a_sample_that_came_out_of_the_quarantine_is_not_trained_on_codes_that_n
         train.main(path, [f"train.run={tmp_path / 'run'}", f"tokens={tmp_path / 'tokens'}"])
 
 
-def test_two_processes_read_the_codes_that_two_processes_made(dataset, tokenizer_folder, tmp_path):  # noqa: F811
-    path = write_recipe(tmp_path, dataset, tokenizer_folder, optim__length="5 steps")
-    out = tmp_path / "tokens"
-    made = launch(2, "tokens", "make", path, "--out", out, "--json")
+@pytest.mark.slow
+def test_two_processes_make_the_cache_of_one_and_train_with_it(recipe, uncached, tmp_path):
+    """Each of the two sees half of a batch, as one process does in two micro-batches."""
+    made = launch(2, "tokens", "make", recipe, "--out", tmp_path / "two", "--json")
     assert json.loads(made.stdout)["num_samples"] == 23
-    launched = launch(2, "train", path, f"train.run={tmp_path / 'cached'}", f"tokens={out}")
+    make_tokens.make(recipe, ["train.micro_batches=2"], tmp_path / "one")
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    launched = launch(2, "train", recipe, f"train.run={tmp_path / 'run'}", f"tokens={tmp_path / 'two'}")
     assert "codes of a run without it" in launched.stderr
-    launch(2, "train", path, f"train.run={tmp_path / 'uncached'}")
-    assert_same(tmp_path / "cached", tmp_path / "uncached")
+    one, two = lines(uncached), lines(tmp_path / "run")
+    assert [entry["fingerprint"] for entry in two] == [entry["fingerprint"] for entry in one]
+    assert [entry["loss"] for entry in two] == pytest.approx([entry["loss"] for entry in one], abs=1e-5)
 
 
 def launch(ranks, *arguments):
@@ -347,7 +350,7 @@ def test_a_cache_of_another_tokenizer_is_refused_with_both_hashes(recipe, cache,
 
 
 def test_a_cache_of_another_number_of_codes_is_refused(recipe, cache):
-    with pytest.raises(ConfigError, match="objective.num_codes=99, but the tokenizer has 16 codes"):
+    with pytest.raises(ConfigError, match=r"objective.num_codes=99, but the tokenizer has 16 codes"):
         train.main(recipe, [f"tokens={cache}", "objective.num_codes=99"], dry_run=True)
 
 
@@ -399,11 +402,11 @@ def test_another_cache_is_not_written_over(recipe, cache, tmp_path):
 
 
 def test_the_number_of_views_must_be_said_once(recipe, tmp_path):
-    with pytest.raises(ConfigError, match="--views 3 differs from data.views=2 of the recipe"):
+    with pytest.raises(ConfigError, match=r"--views 3 differs from data.views=2 of the recipe"):
         make_tokens.make(recipe, [], tmp_path / "out", views=3)
     with pytest.raises(ConfigError, match="the number of views is missing; give --views K"):
         make_tokens.make(recipe, ["data.views=null"], tmp_path / "out")
-    with pytest.raises(ConfigError, match="data.views=0 must be at least 1"):
+    with pytest.raises(ConfigError, match=r"data.views=0 must be at least 1"):
         train.main(recipe, ["data.views=0"], dry_run=True)
 
 
@@ -424,13 +427,11 @@ def test_evaluations_of_a_cached_run_load_its_tokenizer_and_say_what_they_say_of
 
 def test_an_evaluation_without_the_tokenizer_is_refused_and_others_are_not(dataset, cache, tmp_path):  # noqa: F811
     path = write_recipe(tmp_path, dataset, tmp_path / "nowhere")
-    more = [f"train.run={tmp_path / 'run'}", f"tokens={cache}", "evals.ridge={every: 13 steps}"]
-    assert train.main(path, more) == train.DONE
+    more = [f"train.run={tmp_path / 'run'}", f"tokens={cache}", f"data.val_path={dataset}"]
+    assert train.main(path, [*more, "evals.ridge={every: 13 steps}"]) == train.DONE
     assert lines(tmp_path / "run")[-1]["eval"] == "ridge"
     with pytest.raises(ConfigError, match="this evaluation needs the tokenizer, and the run has only its codes"):
-        train.main(
-            path, [f"train.run={tmp_path / 'other'}", f"tokens={cache}", "evals.reconstruction={every: 1 steps}"]
-        )
+        train.main(path, [*more, f"train.run={tmp_path / 'other'}", "evals.reconstruction={every: 1 steps}"])
     loaded = build.load_run(tmp_path / "run")
     with pytest.raises(ConfigError, match="this evaluation needs the tokenizer"):
         dict(reconstruction.run(loaded, reconstruction.Config()))
@@ -444,5 +445,5 @@ def test_a_red_tokenizer_is_refused_from_its_cache_too(dataset, tmp_path):  # no
     with pytest.raises(ConfigError, match="is red: 1% of the codes are used"):
         make_tokens.make(path, [], tmp_path / "tokens")
     make_tokens.make(path, ["tokenizer.force=true"], tmp_path / "tokens")
-    with pytest.raises(ConfigError, match="is red: 1% of the codes are used.*or set tokenizer.force=true"):
+    with pytest.raises(ConfigError, match=r"is red: 1% of the codes are used.*or set tokenizer.force=true"):
         train.main(path, [f"tokens={tmp_path / 'tokens'}"], dry_run=True)
