@@ -15,8 +15,8 @@ def tokens() -> None:
 
     \b
     Example:
-      mim tokens make beit_vittiny_cifar10 --views 20 --out shards/cifar10/tokens
-      mim train beit_vittiny_cifar10 data.views=20 tokens=shards/cifar10/tokens
+      mim tokens make beit_vittiny_cifar10 --views 20 --out tokens/cifar10
+      mim train beit_vittiny_cifar10 data.views=20 tokens=tokens/cifar10
     """
 
 
