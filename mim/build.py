@@ -409,7 +409,12 @@ class Deferred:
                 f"this evaluation needs the tokenizer, and the run has only its codes ({self._cache.path}); say "
                 f"where it is (tokenizer.path=...), or leave the evaluation out"
             )
-        return tokenizers.load(tokenizer_path(self._section)).to(self._device)
+        folder = tokenizer_path(self._section)
+        if (found := tokenizers.file_hash(folder)) != (made := self._cache.tokenizer.sha256):
+            raise ConfigError(
+                f"the tokenizer in {folder} is {found}, but the codes of {self._cache.path} are of {made}"
+            )
+        return tokenizers.load(folder).to(self._device)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loaded, name)

@@ -140,12 +140,13 @@ class Renderer:
         by the sample that is shown.
         """
         clock, masks, codes = Clock(), list[Tensor](), list[Tensor]()
-        shown, loaded = None, None  # draws, or views, of a sample follow each other: decode once
+        shown, loaded = None, (None, None)  # draws, or views, of a sample follow each other: decode once
         following = [*slots.sample[1:].tolist(), None]
         for row, (epoch, shard, index, number, draw) in enumerate(zip(*(a.tolist() for a in slots), strict=True)):
             name = (self.seed, epoch, number, draw)
-            several_views = self.views is not None and shown is not None and shown.number == number
-            if loaded != (epoch, number) and not several_views:
+            # Its own image serves all views; a substitute only the epoch that named it.
+            another_view = self.views is not None and shown is not None and loaded[1] == shown.number == number
+            if loaded != (epoch, number) and not another_view:
                 attempts = functools.partial(substitute, row) if substitute is not None else None
                 place, several = Place(shard, index, number), following[row] == number
                 shown, views = self._load(place, name, attempts, batch["bad"], clock, several=several)
