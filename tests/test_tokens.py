@@ -16,7 +16,8 @@ from mim import build, make_tokens, train
 from mim.config import ConfigError, to_yaml
 from mim.contracts import DataError
 from mim.data import augment, stream
-from mim.data.order import Order
+from mim.data.decode import open_image
+from mim.data.order import Order, Place, Slots
 from mim.data.parts import parse_part
 from mim.data.shards import Dataset
 from mim.data.tokens import LOCK, TokenCache, code_dtype, missing
@@ -447,3 +448,22 @@ def test_a_red_tokenizer_is_refused_from_its_cache_too(dataset, tmp_path):  # no
     make_tokens.make(path, ["tokenizer.force=true"], tmp_path / "tokens")
     with pytest.raises(ConfigError, match=r"is red: 1% of the codes are used.*or set tokenizer.force=true"):
         train.main(path, [f"tokens={tmp_path / 'tokens'}"], dry_run=True)
+
+
+# ---- rendering -----------------------------------------------------------------------------------
+
+
+def test_views_of_a_sample_are_decoded_once_and_a_substitute_serves_only_its_own_epoch(dataset, tmp_path, monkeypatch):  # noqa: F811
+    shutil.copytree(dataset, tmp_path / "data")
+    data = damage.spoil_images(tmp_path / "data", [1])
+    decoded = []
+    monkeypatch.setattr(stream, "open_image", lambda *options: decoded.append(1) or open_image(*options))
+    renderer = stream.Renderer(data, augment.crop, [(8, 8)], None, 3, seed=0, views=4)
+    epoch, zero = np.arange(4), np.zeros(4, dtype=np.int64)
+    good = renderer.render(Slots(epoch, zero, zero, zero, zero), 4, 4)
+    assert good["samples"] == [0] * 4
+    assert len(decoded) == 1
+    assert len({images.numpy().tobytes() for images in good["images"]}) == 4
+    others = [Place(0, 2, 2), Place(0, 3, 3), Place(0, 4, 4), Place(0, 2, 2)]
+    bad = renderer.render(Slots(epoch, zero, zero + 1, zero + 1, zero), 4, 4, lambda row, attempt: others[row])
+    assert bad["samples"] == [2, 3, 4, 2]
