@@ -62,7 +62,9 @@ class TokensReport:
             return f"part {self.part} of the codes of {views}; when all are made: mim tokens join {self.path}"
         bad = f", none of {self.num_bad} that cannot be decoded" if self.num_bad else ""
         reused = f"; {self.num_reused} shards were finished before" if self.num_reused else ""
-        return f"codes of {views} in {self.path}: {size}{bad}{reused}; train with tokens={self.path}"
+        rate = f"; {self.images_per_second:.0f} images/s per process" if self.images_per_second else ""
+        train_with = f"train with data.views={self.views} tokens={self.path}"
+        return f"codes of {views} in {self.path}: {size}{bad}{reused}{rate}; {train_with}"
 
 
 @dataclass

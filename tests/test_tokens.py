@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tokenizer as tokenizers
-from mim import build, make_tokens, train
+from mim import build, make_tokens, plan, train
 from mim.config import ConfigError, to_yaml
 from mim.contracts import DataError
 from mim.data import augment, stream
@@ -436,6 +436,17 @@ def test_an_evaluation_without_the_tokenizer_is_refused_and_others_are_not(datas
     loaded = build.load_run(tmp_path / "run")
     with pytest.raises(ConfigError, match="this evaluation needs the tokenizer"):
         dict(reconstruction.run(loaded, reconstruction.Config()))
+
+
+def test_a_plan_of_a_cached_run_counts_no_tokenizer(recipe, cache, capsys):
+    def planned(*overrides):
+        assert plan.main(recipe, list(overrides), as_json=True) == train.DONE
+        return json.loads(capsys.readouterr().out)
+
+    cached, uncached = planned(f"tokens={cache}"), planned()
+    tokenizer = uncached["parts"].pop("tokenizer")
+    assert cached["parts"] == uncached["parts"]
+    assert cached["flops_per_image"] == pytest.approx(uncached["flops_per_image"] - tokenizer["forward"])
 
 
 def test_a_red_tokenizer_is_refused_from_its_cache_too(dataset, tmp_path):  # noqa: F811
