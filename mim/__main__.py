@@ -16,6 +16,7 @@ import click
 
 from mim import __version__
 from mim.shard_commands import shards
+from mim.token_commands import tokens
 
 plugin_option = click.option(
     "--plugin", "plugins", multiple=True, metavar="PKG", help="Package whose code a dotted name may import; repeatable."
@@ -56,6 +57,7 @@ def demo(images: Path | None, out: Path, seed: int) -> None:
 
 
 cli.add_command(shards)
+cli.add_command(tokens)
 
 
 @cli.command()

@@ -7,6 +7,7 @@ back by the code that wrote it.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ import tokenizer as tokenizers
 from mim import checkpoint, config
 from mim.config import ConfigError
 from mim.contracts import Batch, LoadedRun
-from mim.data import make, shards, stream
+from mim.data import make, shards, stream, tokens
 from mim.data.location import redact
 from mim.data.mixture import AnyDataset, Mixture
 from mim.log import say
@@ -40,6 +41,12 @@ class Views:
     train: Callable[..., Any]
     evaluation: Callable[..., Any]
     mask: Callable[[np.random.Generator], np.ndarray] | None  # bound to the patch grid
+    cache: tokens.TokenCache | None = None  # of the codes, where the recipe names one
+
+    @property
+    def train_sizes(self) -> list[tuple[int, int]]:
+        """What training renders: nobody reads `tokenizer_images` where the codes are known."""
+        return self.sizes if self.cache is None else self.sizes[:1]
 
 
 @dataclass
@@ -48,9 +55,15 @@ class Built:
 
     objective: Any  # Objective: what is trained
     encoder: Any  # Encoder | None
-    frozen: dict[str, Any]  # networks that only write into the batch
+    frozen: dict[str, Any]  # networks that only write into the batch; no tokenizer where a cache holds its codes
     views: Views
     sections: Sections  # resolved: complete with defaults, as saved in config.yaml
+
+    @functools.cached_property
+    def at_hand(self) -> dict[str, Any]:
+        """The frozen networks as evaluations see them: with the tokenizer whose codes training reads from a cache."""
+        cached = self.views.cache
+        return self.frozen if cached is None else {**self.frozen, "tokenizer": Deferred(self.sections, cached)}
 
 
 def build(sections: Sections, *, dataset: AnyDataset | None = None, load_frozen: bool = True) -> Built:
@@ -76,6 +89,7 @@ def _build(sections: Sections, dataset: AnyDataset | None, load_frozen: bool) ->
 
     frozen: dict[str, Any] = {}
     sizes = [size]
+    cache = _open_cache(sections) if load_frozen else None
     if sections.get("encoder") is None:  # the objective trains the tokenizer itself
         module, cfg = config.component("tokenizer", sections.get("tokenizer"), "tokenizer")
         inner = module.build(cfg)
@@ -90,11 +104,15 @@ def _build(sections: Sections, dataset: AnyDataset | None, load_frozen: bool) ->
         inner = encoder = module.build(cfg, image_size=size, channels=data.channels)
         resolved["encoder"] = {**sections["encoder"], **config.plain(cfg)}
         if sections.get("tokenizer") is not None:
-            frozen["tokenizer"] = _frozen_tokenizer(sections["tokenizer"], load_frozen)
-            if load_frozen:  # the checkpoint that was read, so that a later one cannot take its place
+            _check_keys(sections["tokenizer"])
+            if cache is None:
+                frozen["tokenizer"] = _frozen_tokenizer(sections["tokenizer"], load_frozen)
+            if load_frozen and (cache is None or has_tokenizer(sections["tokenizer"])):
+                # the checkpoint that was read, so that a later one cannot take its place
                 folder = str(tokenizer_path(sections["tokenizer"]).absolute())
                 resolved["tokenizer"] = {**sections["tokenizer"], "path": folder}
-            sizes.append(_tokenizer_size(sections["tokenizer"], frozen["tokenizer"], encoder.grid(size)))
+            known = cache.tokenizer if cache is not None else frozen["tokenizer"]
+            sizes.append(_tokenizer_size(sections["tokenizer"], known, encoder.grid(size)))
     if sections.get("teacher") is not None:
         frozen["teacher"], resolved["teacher"] = _frozen_teacher(sections["teacher"], load_frozen)
         theirs, ours = frozen["teacher"].grid, inner.grid(size)
@@ -105,7 +123,7 @@ def _build(sections: Sections, dataset: AnyDataset | None, load_frozen: bool) ->
             )
     objective = objective_module.build(inner, objective_cfg)
     objective.per_micro_batch |= normalises_batches(objective)
-    _check_agreement(objective, sections, frozen)
+    _check_agreement(objective, sections, frozen if cache is None else {**frozen, "tokenizer": cache.tokenizer})
 
     mask = None
     if sections.get("mask") is not None and encoder is not None:
@@ -115,7 +133,12 @@ def _build(sections: Sections, dataset: AnyDataset | None, load_frozen: bool) ->
     eval_view = config.bind("mim.data.augment", data.eval_view, "data.eval_view")
     _check_views(data, dataset)
     sizes = sizes[:1] if sizes[-1] == sizes[0] else sizes
-    return Built(objective, encoder, frozen, Views(data, sizes, view, eval_view, mask), resolved)
+    views = Views(data, sizes, view, eval_view, mask, cache)
+    if cache is not None and encoder is not None:
+        resolved["tokens"] = str(cache.path.absolute())
+        if dataset is not None:
+            cache.check(token_binding(views, resolved, dataset, encoder.grid(size)))
+    return Built(objective, encoder, frozen, views, resolved)
 
 
 def normalises_batches(network: torch.nn.Module) -> bool:
@@ -260,6 +283,8 @@ def load_run(path: Path | str, *, step: int | None = None, report: Callable[[str
     if folder is None or not folder.is_dir():
         known = ", ".join(str(checkpoint.step_of(f)) for f in checkpoint.list_checkpoints(run)) or "none"
         raise ConfigError(f"{run} has no checkpoint{'' if step is None else f' of step {step}'}; steps it has: {known}")
+    if saved.get("tokens") is not None and has_tokenizer(saved["tokenizer"]):
+        saved = {**saved, "tokens": None}  # a cache serves training alone: a run is read without it
     built = build(saved)
     model = built.objective
     state = {f"model.{name}": value for name, value in model.state_dict().items()}
@@ -269,7 +294,7 @@ def load_run(path: Path | str, *, step: int | None = None, report: Callable[[str
     checkpoint.load_tensors(folder, state)
     model.load_state_dict(checkpoint.part(state, "model.") | checkpoint.part(state, "ema."))
     model.eval().requires_grad_(False)
-    return LoadedRun(model, built.encoder, built.frozen, built.views, built.sections, checkpoint.step_of(folder), run)
+    return LoadedRun(model, built.encoder, built.at_hand, built.views, built.sections, checkpoint.step_of(folder), run)
 
 
 def load_tokenizer(folder: Path, data: dict[str, Any]) -> LoadedRun:
@@ -320,24 +345,129 @@ def teacher_path(section: dict[str, Any]) -> Path:
     return path
 
 
-def check_tokenizer(section: dict[str, Any] | None) -> list[str]:
-    """The verdict on a frozen tokenizer as a start line; a red one is refused, unless `tokenizer.force` is true."""
-    if section is None or not section.get("path"):
+def has_tokenizer(section: dict[str, Any]) -> bool:
+    """Whether the tokenizer that a section names is there."""
+    try:
+        tokenizer_path(section)
+    except ConfigError:
+        return False
+    return True
+
+
+def check_tokenizer(section: dict[str, Any] | None, cached: str | None = None) -> list[str]:
+    """The verdict on a frozen tokenizer as a start line; a red one is refused, unless `tokenizer.force` is true.
+
+    cached: the token cache that stands in its place, and knows its score card.
+    """
+    if section is None or not (cached or section.get("path")):
         return []
-    folder = tokenizer_path(section)
-    colour, reason = verdict(tokenizers.score_card(folder), tokenizers.load(folder).num_codes)
+    if cached is not None:
+        facts = tokens.TokenCache.open(cached).tokenizer
+        named, (colour, reason) = f"of {cached}", verdict(facts.card, facts.num_codes)
+    else:
+        folder = tokenizer_path(section)
+        named = str(folder)
+        colour, reason = verdict(tokenizers.score_card(folder), tokenizers.load(folder).num_codes)
     if colour == RED and not section.get("force"):
         raise ConfigError(
-            f"the tokenizer in {folder} is red: {reason}; train a better one (`mim eval codebook {section['path']}` "
-            f"shows it), or set tokenizer.force=true"
+            f"the tokenizer {'' if cached else 'in '}{named} is red: {reason}; train a better one (`mim eval codebook "
+            f"{section.get('path') or 'RUN'}` shows it), or set tokenizer.force=true"
         )
-    return [f"tokenizer {folder} is {colour}: {reason}"]
+    return [f"tokenizer {named} is {colour}: {reason}"]
 
 
-def _frozen_tokenizer(section: dict[str, Any], load: bool) -> Any:
+# ---- token cache ---------------------------------------------------------------------------------
+
+
+def token_binding(views: Views, sections: Sections, dataset: AnyDataset, grid: tuple[int, int]) -> dict[str, Any]:
+    """All that decides the codes of an image but rounding, as plain data; `sections` are resolved.
+
+    The options of the view are complete with their defaults, so a recipe may state them or not.
+    """
+    data, section = views.data, sections["tokenizer"]
+    options = {
+        p.name: p.default for p in inspect.signature(views.train).parameters.values() if p.kind is p.KEYWORD_ONLY
+    }
+    tokenizer = views.cache.tokenizer.sha256 if views.cache is not None else None
+    if has_tokenizer(section):
+        tokenizer = tokenizers.file_hash(tokenizer_path(section))
+    return config.plain(
+        {
+            "dataset_id": dataset.id,
+            "tokenizer": tokenizer,
+            "view": {"name": data.view["name"], **options},
+            "jitter": data.jitter,
+            "views": data.views,
+            "repeats": data.repeats,
+            "seed": data.seed,
+            "sizes": views.sizes,  # of images, whose colours the jitter turns around, and of what the tokenizer sees
+            "grid": grid,
+            "channels": data.channels,
+            "range": stream.value_range(dataset, data.channels),
+        }
+    )
+
+
+def tokenizer_facts(sections: Sections, tokenizer: Any) -> tokens.TokenizerFacts:
+    """What a cache keeps of the tokenizer that makes it; `sections` are resolved."""
+    folder = tokenizer_path(sections["tokenizer"])
+    card = tokenizers.score_card(folder)
+    return tokens.TokenizerFacts(
+        tokenizers.file_hash(folder), tokenizer.num_codes, tokenizer.stride, tokenizer.channels, card
+    )
+
+
+def _open_cache(sections: Sections) -> tokens.TokenCache | None:
+    """The token cache that a recipe names; None without one."""
+    if sections.get("tokens") is None:
+        return None
+    if sections.get("encoder") is None or sections.get("tokenizer") is None:
+        raise ConfigError(
+            f"tokens={sections['tokens']} holds the codes of a frozen tokenizer, but this recipe has none; add "
+            f"tokenizer: {{recipe: NAME, path: RUN}}, or leave `tokens` out"
+        )
+    return tokens.TokenCache.open(sections["tokens"])
+
+
+class Deferred:
+    """A tokenizer of which training reads only the codes: loaded when an evaluation first asks for anything of it."""
+
+    def __init__(self, sections: Sections, cache: tokens.TokenCache) -> None:
+        self._section, self._cache = sections["tokenizer"], cache
+        self._device = torch.device("cpu")
+
+    def to(self, device: torch.device) -> Deferred:
+        self._device = device
+        return self
+
+    @functools.cached_property
+    def _loaded(self) -> Any:
+        if not has_tokenizer(self._section):
+            raise ConfigError(
+                f"this evaluation needs the tokenizer, and the run has only its codes ({self._cache.path}); say "
+                f"where it is (tokenizer.path=...), or leave the evaluation out"
+            )
+        folder = tokenizer_path(self._section)
+        if (found := tokenizers.file_hash(folder)) != (made := self._cache.tokenizer.sha256):
+            raise ConfigError(
+                f"the tokenizer in {folder} is {found}, but the codes of {self._cache.path} are of {made}"
+            )
+        return tokenizers.load(folder).to(self._device)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loaded, name)
+
+
+# ---- frozen networks -----------------------------------------------------------------------------
+
+
+def _check_keys(section: dict[str, Any]) -> None:
     unknown = set(section) - {"recipe", "path", "image_size", "force"}
     if unknown:
         raise ConfigError(f"tokenizer.{min(unknown)} is not a known key; known here: recipe, path, image_size, force")
+
+
+def _frozen_tokenizer(section: dict[str, Any], load: bool) -> Any:
     if load:
         return tokenizers.load(tokenizer_path(section))
     recipe = config.read(section["recipe"])

@@ -14,7 +14,8 @@ A `Batch` is a dict:
     jitter             float, strength of the colour jitter that the device does; absent when there is none
     weight             (B,) float, 0 on rows that only pad a micro-batch
     noise              (B,) int64, a seed per sample for draws on the device
-    codes              (B, N) int64, written by the frozen tokenizer
+    view_noise         (B,) int64, the seeds of the colour jitter, which come again with `data.views`; used up with it
+    codes              (B, N) int64, written by the frozen tokenizer, or by the loader from a token cache
     labels             (B,) int64, -1 = unknown; absent when the dataset has none
     keys               list[str], "shard.tar/sample", for messages and pictures; of a mixture after the source's path
     position           int, global positions consumed after this step

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 import tokenizer as tokenizers
 from mim import build, checkpoint, config, optim, weights
 from mim.config import ConfigError
-from mim.data import mixture, order
+from mim.data import mixture, order, tokens
 from mim.log import say
 
 PATCHES_PER_CODE = 256  # below which a smaller codebook is proposed
@@ -35,7 +35,12 @@ def identity(sections: dict[str, Any], dataset: mixture.AnyDataset) -> dict[str,
     if (sections.get("init") or {}).get("run") is not None:
         found["init"] = {**sections["init"], "run": Path(sections["init"]["run"]).name}
     if sections.get("encoder") is not None and sections.get("tokenizer") is not None:
-        found["tokenizer"] = tokenizers.file_hash(sections["tokenizer"]["path"])
+        cached = sections.get("tokens")  # its codes are those of the tokenizer that the cache names
+        found["tokenizer"] = (
+            tokens.TokenCache.open(cached).tokenizer.sha256
+            if cached is not None
+            else tokenizers.file_hash(sections["tokenizer"]["path"])
+        )
     return found
 
 
@@ -89,6 +94,7 @@ def describe(
     rows = order.Plan(built.views.data.repeats, batch_size, world=ranks, micro_batches=micro).micro_size
     count = sum(p.numel() for p in built.objective.parameters() if p.requires_grad) / 1e6
     inside = sum(p.numel() for p in built.encoder.parameters()) / 1e6 if built.encoder is not None else 0.0
+    cache = built.views.cache
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     epoch = len(dataset) / batch_size
     objective = built.sections["objective"]["name"]
@@ -103,6 +109,7 @@ def describe(
             if built.objective.per_micro_batch
             else []
         ),
+        *([cache.describe(tokens.made_with(rows, device))] if cache is not None else []),
         *(dataset.describe(batch_size, rates.total_steps) if isinstance(dataset, mixture.Mixture) else []),
         *([patches_per_code(built, len(dataset))] if built.encoder is None else []),
         f"1 epoch = {len(dataset)} images = {epoch:.1f} steps; run = {rates.total_steps} steps; "

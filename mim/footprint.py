@@ -234,8 +234,10 @@ def _batch(built: build.Built, rows: int) -> Batch:
     channels = built.views.data.channels
     batch: Batch = {
         name: torch.zeros(rows, channels, *size)
-        for name, size in zip(("images", "tokenizer_images"), built.views.sizes)  # noqa: B905  the second is optional
+        for name, size in zip(("images", "tokenizer_images"), built.views.train_sizes)  # noqa: B905  the second is optional
     }
+    if built.views.cache is not None:
+        batch["codes"] = torch.zeros(rows, math.prod(built.encoder.grid(built.views.sizes[0])), dtype=torch.int64)
     if built.views.mask is not None:
         mask = np.asarray(built.views.mask(np.random.default_rng(0)))  # (N,)
         batch["mask"] = torch.zeros(rows, mask.size, dtype=torch.bool)

@@ -66,7 +66,10 @@ def data_paths(cfg: train.Config) -> list[Path]:
 
 def untrained(cfg: train.Config) -> Iterator[tuple[str, str]]:
     """The frozen networks that a recipe needs and does not find, each with its own recipe; one without is refused."""
-    frozen = {"tokenizer": cfg.tokenizer if cfg.encoder is not None else None, "teacher": cfg.teacher}
+    frozen = {
+        "tokenizer": cfg.tokenizer if cfg.encoder is not None and cfg.tokens is None else None,
+        "teacher": cfg.teacher,
+    }
     find = {"tokenizer": build.tokenizer_path, "teacher": build.teacher_path}
     for name, section in frozen.items():
         try:

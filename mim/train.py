@@ -73,6 +73,7 @@ class Config:
     encoder: dict[str, Any] | None = None
     mask: dict[str, Any] | None = None
     tokenizer: dict[str, Any] | None = None
+    tokens: str | None = None  # token cache (mim tokens make): the codes without running the tokenizer
     teacher: dict[str, Any] | None = None  # frozen encoder whose features a tokenizer learns: {recipe: NAME, path: RUN}
     init: Init = field(default_factory=Init)
     train: Machine = field(default_factory=Machine)
@@ -136,7 +137,7 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
     read = cfg.init.run or cfg.teacher or (cfg.encoder or {}).get("init")  # other weights, which a dry run checks too
     with torch.device("meta") if dry_run and not read else contextlib.nullcontext():
         built = build.build(config.plain(cfg), dataset=dataset)
-    verdict = build.check_tokenizer(built.sections.get("tokenizer"))
+    verdict = build.check_tokenizer(built.sections.get("tokenizer"), cfg.tokens)
     data = built.views.data
     sequence = mixture.order_of(dataset, seed=data.seed, lanes=data.lanes, window=data.window, repeats=data.repeats)
     journal = quarantine.Journal(mixture.bad_samples(dataset), dataset.counts, budget=data.bad_budget)
@@ -166,7 +167,7 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
     # ---- model and optimizer -----------------------------------------------------------------------------------------
     optimizer = optim.create(built.objective, cfg.optim)
     model, optimizer = accelerator.prepare(built.objective, optimizer)
-    for network in built.frozen.values():
+    for network in built.at_hand.values():
         network.to(accelerator.device)
     objective = accelerator.unwrap_model(model)
     trained = {n: p for n, p in objective.named_parameters() if p.requires_grad}
@@ -304,7 +305,7 @@ def loader(job: Job, start: int) -> Any:
         job.dataset,
         order=job.sequence,
         view=built.views.train,
-        sizes=built.views.sizes,
+        sizes=built.views.train_sizes,
         mask=built.views.mask,
         channels=built.views.data.channels,
         jitter=built.views.data.jitter,
@@ -315,6 +316,8 @@ def loader(job: Job, start: int) -> Any:
         position=start * cfg.optim.batch_size,
         num_steps=job.rates.total_steps - start,
         known=job.journal.bad,
+        views=built.views.data.views,
+        codes=built.views.cache.codes if built.views.cache is not None else None,
         workers=num_workers(cfg.train.workers),
         pin_memory=accelerator.device.type == "cuda",
     )
@@ -404,7 +407,7 @@ def look(job: Job, name: str, step: int, log: RunLog | None) -> None:
         module, cfg = config.component("mim.evals", eval_section(name, job.cfg.evals[name]), f"evals.{name}")
         with averaged(job) as objective:
             loaded = LoadedRun(
-                objective, objective.encoder, job.built.frozen, job.built.views, job.built.sections, step, job.run
+                objective, objective.encoder, job.built.at_hand, job.built.views, job.built.sections, step, job.run
             )
             numbers, pictures = record(module.run(loaded, cfg), job.run / "pictures", step)
         shown = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())

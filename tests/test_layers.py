@@ -20,7 +20,8 @@ LEVELS = [
     {"mim.codes"},
     {"mim.evals", "mim.exports", "mim.report"},
     {"mim.train"},
-    {"mim.demo", "mim.plan", "mim.shard_commands"},
+    {"mim.demo", "mim.plan", "mim.shard_commands", "mim.make_tokens"},
+    {"mim.token_commands"},
     {"mim.__main__"},
 ]
 SIBLINGS_MAY_MEET = {"tokenizer", "mim.data", "mim.report"}  # elsewhere a file knows nothing of the one beside it

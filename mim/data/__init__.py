@@ -11,6 +11,7 @@ order      which sample comes when         prefetch   the shards of the next pos
 mixture    several datasets by weight      quarantine samples that cannot be decoded: known, found, counted
 shuffle    how well an order mixes         stages     seconds of reading, decoding, augmenting, collating
 stream     all of it as batches            diagnosis  what bounds the loader, and what to change
+tokens     codes of views, made before     jitter     colours, on the device
 plan, write, make, join, reshard, shrink   images -> dataset folder
 index      existing tars -> dataset folder verify     every byte once, quarantine
 """

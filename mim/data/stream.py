@@ -37,10 +37,12 @@ from mim.log import say
 Shows = list[Tensor] | dict[str, Tensor]  # a view of each size, or crops (V, C, h, w) by their field in the batch
 View = Callable[[Image, np.random.Generator, Sizes], Shows]
 Mask = Callable[[np.random.Generator], "np.ndarray | Tensor"]  # -> (N,) bool
+Codes = Callable[[int, int, int], np.ndarray]  # (sample, view, draw) -> (N,) what a tokenizer made of it before
 Substitute = Callable[[int, int], Place]  # (row of the batch, attempt) -> the sample that takes its place
 
 EVALUATION = -1  # the epoch in the names of evaluation's draws: no epoch of training
 PREFETCH = 4  # micro-batches per worker
+TIMEOUT = 300.0  # seconds to wait for a worker before giving up
 ATTEMPTS = 8  # substitutes tried for a bad sample
 VIEWS = ("images", "tokenizer_images")
 CROPS = ("images", "local_images")
@@ -71,6 +73,7 @@ class Config:
     view: dict[str, Any] = field(default_factory=lambda: {"name": "crop"})  # function of mim/data/augment.py
     eval_view: dict[str, Any] = field(default_factory=lambda: {"name": "center"})  # the same, for evaluation
     seed: int = 0  # of order, crops and masks; also of the held-out split
+    views: int | None = None  # K: crop, flip and jitter come again every K epochs, masks do not; null: never
     lanes: int | None = None  # L of mim/data/order.py, of each source; default 1 below 10^7 samples, else 64
     window: int | None = None  # W, samples, of each source; default all below 10^7 samples, else 2048
     repeats: int = 1  # draws of a sample in a row, decoded once (repeated augmentation, arXiv 1901.09335)
@@ -83,6 +86,8 @@ class Config:
             raise ConfigError("data.path and data.sources are both given; give one, and set the other to null")
         if self.sources and self.val_ratio:
             raise ConfigError("data.val_ratio holds out images of data.path; beside data.sources give data.val_path")
+        if self.views is not None and self.views < 1:
+            raise ConfigError(f"data.views={self.views} must be at least 1: every image has so many views; or null")
         if not 0 <= self.bad_budget <= 1:
             raise ConfigError(f"data.bad_budget={self.bad_budget:g} must lie between 0 and 1: a share of the samples")
 
@@ -99,6 +104,8 @@ class Renderer:
     seed: int
     jitter: float = 0.0  # strength; 0 leaves colours alone
     known: Mapping[int, Bad] = field(default_factory=dict)  # bad samples by their index: not decoded again
+    views: int | None = None  # of every sample; None: each epoch has its own
+    codes: Codes | None = None  # of these views
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.sizes) <= len(VIEWS):
@@ -111,10 +118,11 @@ class Renderer:
         """
         batch: Batch = {"keys": [], "samples": [], "bad": []}
         batch["range"] = value_range(self.dataset, self.channels)
-        if self.jitter:
-            batch["jitter"] = self.jitter
         batch["weight"] = (torch.arange(size) < num_real).float()
         batch["noise"] = torch.empty(size, dtype=torch.int64)
+        if self.jitter:
+            batch["jitter"] = self.jitter
+            batch["view_noise"] = torch.empty(size, dtype=torch.int64)
         if self.dataset.classes is not None:
             batch["labels"] = torch.full((size,), -1, dtype=torch.int64)
         self._fill(batch, slots, substitute)
@@ -128,21 +136,27 @@ class Renderer:
     def _fill(self, batch: Batch, slots: Slots, substitute: Substitute | None) -> None:
         """Write each row of `slots` into the batch; masks are added to it.
 
-        Draws are named by the slot's own sample, whether it or a substitute is shown.
+        Draws are named by the slot's own sample, whether it or a substitute is shown; with `views`, those of the view
+        by the sample that is shown.
         """
-        clock, masks = Clock(), list[Tensor]()
-        shown, loaded = None, None  # `repeats` draws of a sample follow each other: decode once
+        clock, masks, codes = Clock(), list[Tensor](), list[Tensor]()
+        shown, loaded = None, (None, None)  # draws, or views, of a sample follow each other: decode once
         following = [*slots.sample[1:].tolist(), None]
         for row, (epoch, shard, index, number, draw) in enumerate(zip(*(a.tolist() for a in slots), strict=True)):
             name = (self.seed, epoch, number, draw)
-            if loaded != (epoch, number):
+            # Its own image serves all views; a substitute only the epoch that named it.
+            another_view = self.views is not None and shown is not None and loaded[1] == shown.number == number
+            if loaded != (epoch, number) and not another_view:
                 attempts = functools.partial(substitute, row) if substitute is not None else None
                 place, several = Place(shard, index, number), following[row] == number
                 shown, views = self._load(place, name, attempts, batch["bad"], clock, several=several)
-                loaded = epoch, number
             else:
                 assert shown is not None
-                views = self.view(shown.image, rng("view", *name), self.sizes)
+                views = self.view(shown.image, rng("view", *self.view_name(name, shown.number)), self.sizes)
+            loaded = epoch, number
+            if self.codes is not None:
+                assert self.views is not None
+                codes.append(torch.from_numpy(self.codes(shown.number, epoch % self.views, draw).astype(np.int64)))
             if self.mask is not None:
                 masks.append(torch.as_tensor(self.mask(rng("mask", *name)), dtype=torch.bool))
             clock.done("augment")
@@ -154,12 +168,17 @@ class Renderer:
                     batch[field_] = rows.movedim(-1, -3)  # (B, C, h, w) or (B, V, C, h, w)
                 batch[field_][row] = view
             batch["noise"][row] = key64("noise", *name)
+            if self.jitter:
+                batch["view_noise"][row] = key64("noise", *self.view_name(name, shown.number))
             if shown.label is not None:
                 batch["labels"][row] = shown.label
             batch["keys"].append(shown.key)
             batch["samples"].append(shown.number)
             clock.done("collate")
         batch["seconds"] = clock.seconds
+        if codes:
+            batch["codes"] = torch.empty((len(batch["weight"]), len(codes[0])), dtype=torch.int64)  # (B, N)
+            batch["codes"][: len(codes)] = torch.stack(codes)
         if masks:
             counts = {int(mask.sum()) for mask in masks}
             if len(counts) > 1:
@@ -167,6 +186,11 @@ class Renderer:
             batch["num_masked"] = counts.pop()
             batch["mask"] = torch.empty((len(batch["weight"]), len(masks[0])), dtype=torch.bool)  # (B, N)
             batch["mask"][: len(masks)] = torch.stack(masks)
+
+    def view_name(self, name: tuple[int, ...], shown: int) -> tuple[int, ...]:
+        """What names crop, flip and colours of a row that is `name`d (seed, epoch, sample, draw) and shows a sample."""
+        seed, epoch, _, draw = name
+        return name if self.views is None else (seed, epoch % self.views, shown, draw)
 
     def _load(
         self,
@@ -198,7 +222,7 @@ class Renderer:
             try:
                 image = self._open(sample, clock, several=several)
                 clock.done("decode")
-                views = self.view(image, rng("view", *name), self.sizes)
+                views = self.view(image, rng("view", *self.view_name(name, place.sample)), self.sizes)
             except BadImage as error:
                 clock.done("decode")
                 refused[place.sample] = Bad(sample.key, str(error))
@@ -285,17 +309,20 @@ def loader(
     position: int = 0,  # global positions consumed before the first step
     num_steps: int,
     known: Mapping[int, Bad] | None = None,  # bad samples by their index over the dataset
+    views: int | None = None,  # of every sample, as `data.views`
+    codes: Codes | None = None,  # of these views, if they are known
     workers: int = 0,
     pin_memory: bool = False,
-    timeout: float = 300,  # seconds to wait for a worker before giving up; 0 waits for ever
+    timeout: float = TIMEOUT,  # seconds to wait for a worker before giving up; 0 waits for ever
 ) -> torch_data.DataLoader[Batch]:
     """Return the micro-batches of one rank: `num_steps * micro_batches` of them, in order."""
     plan = Plan(order.repeats, batch_size, rank, world, micro_batches, position, num_steps)
-    stream = Stream(order, Renderer(dataset, view, sizes, mask, channels, order.seed, jitter, known or {}))
+    renderer = Renderer(dataset, view, sizes, mask, channels, order.seed, jitter, known or {}, views, codes)
+    stream = Stream(order, renderer)
     indices: Iterable[MicroBatch] = plan
     if remote := dataset.remote_shards:
         indices = Prefetcher(plan, order, shards=remote, cache=dataset.cache)
-    return _in_order(stream, indices, workers, pin_memory, timeout and max(timeout, dataset.longest_read()))
+    return in_order(stream, indices, workers, pin_memory, timeout and max(timeout, dataset.longest_read()))
 
 
 def evaluate(
@@ -310,7 +337,7 @@ def evaluate(
     limit: int | None = None,
     workers: int = 0,
     pin_memory: bool = False,
-    timeout: float = 300,
+    timeout: float = TIMEOUT,
 ) -> torch_data.DataLoader[Batch]:
     """Return every sample once, in the order of the lock; with `limit` a random subset of it, the same each time.
 
@@ -326,7 +353,7 @@ def evaluate(
         samples = samples[~bad]
     chunks = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
     evaluation = Evaluation(Renderer(dataset, view, sizes, mask, channels, seed))
-    return _in_order(evaluation, chunks, workers, pin_memory, timeout and max(timeout, dataset.longest_read()))
+    return in_order(evaluation, chunks, workers, pin_memory, timeout and max(timeout, dataset.longest_read()))
 
 
 def value_range(dataset: AnyDataset, channels: int) -> list[list[float]]:
@@ -343,15 +370,15 @@ def value_range(dataset: AnyDataset, channels: int) -> list[list[float]]:
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Move a batch to the device, where its images become float32 in [0, 1].
 
-    `range` maps them and `jitter` changes their colours; both are used up.
+    `range` maps them, `jitter` changes their colours by the seeds `view_noise`; all three are used up.
     """
     moved: Batch = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    limits, strength = moved.pop("range"), moved.pop("jitter", 0.0)
+    limits, strength, noise = moved.pop("range"), moved.pop("jitter", 0.0), moved.pop("view_noise", None)
     views = {name: _unit(moved[name], limits) for name in {*VIEWS, *CROPS} if name in moved}
     if strength and views["images"].ndim == 4:  # two sizes of one crop: their colours change alike
-        jitter_([views[name] for name in VIEWS if name in views], moved["noise"], strength)
+        jitter_([views[name] for name in VIEWS if name in views], noise, strength)
     elif strength:
-        jitter_crops_([views[name] for name in CROPS if name in views], moved["noise"], strength)
+        jitter_crops_([views[name] for name in CROPS if name in views], noise, strength)
     return moved | views
 
 
@@ -373,7 +400,7 @@ def _fresh(shape: tuple[int, ...], dtype: str) -> Tensor:
     return torch.from_numpy(np.empty(shape, dtype))
 
 
-def _in_order(
+def in_order(
     source: torch_data.Dataset[Batch], indices: Iterable[Any], workers: int, pin_memory: bool, timeout: float
 ) -> torch_data.DataLoader[Batch]:
     """A DataLoader over prepared indices. Its workers run torch on one thread each, as torch sets them up."""
