@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mim import build, config, optim, train
+from mim import build, config, frozen_networks, optim, train
 from mim.contracts import Batch, LoadedRun
 from mim.data import stream
 from mim.patches import gather, mask_to_ids
@@ -139,7 +139,7 @@ def batches(loaded: LoadedRun, dataset: Any, images: int) -> Iterator[Batch]:
         limit=images,
     ):
         batch = stream.to_device(batch, torch.device("cpu"))
-        build.write_targets(loaded.frozen, batch)
+        frozen_networks.write_targets(loaded.frozen, batch)
         yield batch
 
 

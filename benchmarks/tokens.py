@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mim import build, config, optim, train
+from mim import build, config, frozen_networks, optim, train
 from mim.contracts import Batch
 
 CASES = {"base": ("beit_vitb16_in1k", 4), "tiny": ("beit_vittiny_cifar10", 64)}  # recipe, images of a step
@@ -91,7 +91,7 @@ def steps(recipe: str, rows: int, device: torch.device, dtype: torch.dtype | Non
     objective, tokenizer = built.objective.to(device).train(), built.frozen["tokenizer"].to(device)
     optimizer = optim.create(objective, cfg.optim)
     batch = noise(built, rows, device)
-    build.write_targets({"tokenizer": tokenizer}, batch)
+    frozen_networks.write_targets({"tokenizer": tokenizer}, batch)
     codes = batch.pop("codes")
 
     def step(batch: Batch) -> None:
@@ -103,7 +103,7 @@ def steps(recipe: str, rows: int, device: torch.device, dtype: torch.dtype | Non
 
     def in_the_loop() -> None:
         fresh = dict(batch)
-        build.write_targets({"tokenizer": tokenizer}, fresh)
+        frozen_networks.write_targets({"tokenizer": tokenizer}, fresh)
         step(fresh)
 
     return {"tokenizer in the loop": in_the_loop, CACHED: lambda: step({**batch, "codes": codes})}

@@ -15,18 +15,15 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 import tokenizer as tokenizers
-from mim import checkpoint, config
+from mim import checkpoint, config, frozen_networks
 from mim.config import ConfigError
-from mim.contracts import Batch, LoadedRun
+from mim.contracts import DataError, LoadedRun
 from mim.data import make, shards, stream, tokens
 from mim.data.location import redact
 from mim.data.mixture import AnyDataset, Mixture
 from mim.log import say
-from tokenizer.card import RED, verdict
 
 Sections = dict[str, Any]
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -63,7 +60,11 @@ class Built:
     def at_hand(self) -> dict[str, Any]:
         """The frozen networks as evaluations see them: with the tokenizer whose codes training reads from a cache."""
         cached = self.views.cache
-        return self.frozen if cached is None else {**self.frozen, "tokenizer": Deferred(self.sections, cached)}
+        return (
+            self.frozen
+            if cached is None
+            else {**self.frozen, "tokenizer": frozen_networks.Deferred(self.sections, cached)}
+        )
 
 
 def build(sections: Sections, *, dataset: AnyDataset | None = None, load_frozen: bool = True) -> Built:
@@ -74,7 +75,7 @@ def build(sections: Sections, *, dataset: AnyDataset | None = None, load_frozen:
     """
     try:
         return _build(sections, dataset, load_frozen)
-    except ConfigError:
+    except (ConfigError, DataError):
         raise
     except (ValueError, RuntimeError) as error:  # what a component says about its own numbers
         raise ConfigError(str(error)) from error
@@ -107,9 +108,9 @@ def _build(sections: Sections, dataset: AnyDataset | None, load_frozen: bool) ->
             _check_keys(sections["tokenizer"])
             if cache is None:
                 frozen["tokenizer"] = _frozen_tokenizer(sections["tokenizer"], load_frozen)
-            if load_frozen and (cache is None or has_tokenizer(sections["tokenizer"])):
+            if load_frozen and (cache is None or frozen_networks.has_tokenizer(sections["tokenizer"])):
                 # the checkpoint that was read, so that a later one cannot take its place
-                folder = str(tokenizer_path(sections["tokenizer"]).absolute())
+                folder = str(frozen_networks.tokenizer_path(sections["tokenizer"]).absolute())
                 resolved["tokenizer"] = {**sections["tokenizer"], "path": folder}
             known = cache.tokenizer if cache is not None else frozen["tokenizer"]
             sizes.append(_tokenizer_size(sections["tokenizer"], known, encoder.grid(size)))
@@ -266,15 +267,6 @@ def _part(root: Path, name: str) -> Path | None:
     return root / name if shards.is_dataset(root / name) else None
 
 
-@torch.no_grad()
-def write_targets(frozen: dict[str, Any], batch: Batch) -> None:
-    """Let the frozen networks write `codes` or `targets` into a batch that is on the device."""
-    if "teacher" in frozen:
-        batch["targets"] = frozen["teacher"](batch["images"])  # (B, N, D')
-    if "tokenizer" in frozen:
-        batch["codes"] = frozen["tokenizer"].encode(batch.get("tokenizer_images", batch["images"]))  # (B, N)
-
-
 def load_run(path: Path | str, *, step: int | None = None, report: Callable[[str], None] = say) -> LoadedRun:
     """Open a run directory as plain modules in evaluation mode, with averaged weights where the run has them."""
     run = Path(path)
@@ -283,7 +275,7 @@ def load_run(path: Path | str, *, step: int | None = None, report: Callable[[str
     if folder is None or not folder.is_dir():
         known = ", ".join(str(checkpoint.step_of(f)) for f in checkpoint.list_checkpoints(run)) or "none"
         raise ConfigError(f"{run} has no checkpoint{'' if step is None else f' of step {step}'}; steps it has: {known}")
-    if saved.get("tokens") is not None and has_tokenizer(saved["tokenizer"]):
+    if saved.get("tokens") is not None and frozen_networks.has_tokenizer(saved["tokenizer"]):
         saved = {**saved, "tokens": None}  # a cache serves training alone: a run is read without it
     built = build(saved)
     model = built.objective
@@ -316,66 +308,6 @@ def load_tokenizer(folder: Path, data: dict[str, Any]) -> LoadedRun:
     return LoadedRun(objective, None, {}, views, {"data": config.plain(found)}, 0, folder)
 
 
-def tokenizer_path(section: dict[str, Any]) -> Path:
-    """The folder that holds a frozen tokenizer's files: the section's path, or the newest checkpoint of that run."""
-    if not section.get("path"):
-        raise ConfigError("tokenizer.path is missing: the run of a trained tokenizer, e.g. tokenizer.path=runs/dvae")
-    path = Path(section["path"]).expanduser()
-    if (path / "tokenizer.json").is_file():
-        return path
-    newest = checkpoint.newest(path) if path.is_dir() else None
-    if newest is None or not (newest / "tokenizer.json").is_file():
-        raise ConfigError(
-            f"tokenizer.path={str(path)!r} holds no trained tokenizer; train one first, e.g. "
-            f"`mim train {section.get('recipe', 'RECIPE')} train.run={path}`"
-        )
-    return newest
-
-
-def teacher_path(section: dict[str, Any]) -> Path:
-    """The run directory of a frozen teacher."""
-    if not section.get("path"):
-        raise ConfigError("teacher.path is missing: the run of a trained encoder, e.g. teacher.path=runs/mae")
-    path = Path(section["path"]).expanduser()
-    if not path.is_dir() or checkpoint.newest(path) is None:
-        raise ConfigError(
-            f"teacher.path={str(path)!r} holds no trained encoder; train one first, e.g. "
-            f"`mim train {section.get('recipe', 'RECIPE')} train.run={path}`"
-        )
-    return path
-
-
-def has_tokenizer(section: dict[str, Any]) -> bool:
-    """Whether the tokenizer that a section names is there."""
-    try:
-        tokenizer_path(section)
-    except ConfigError:
-        return False
-    return True
-
-
-def check_tokenizer(section: dict[str, Any] | None, cached: str | None = None) -> list[str]:
-    """The verdict on a frozen tokenizer as a start line; a red one is refused, unless `tokenizer.force` is true.
-
-    cached: the token cache that stands in its place, and knows its score card.
-    """
-    if section is None or not (cached or section.get("path")):
-        return []
-    if cached is not None:
-        facts = tokens.TokenCache.open(cached).tokenizer
-        named, (colour, reason) = f"of {cached}", verdict(facts.card, facts.num_codes)
-    else:
-        folder = tokenizer_path(section)
-        named = str(folder)
-        colour, reason = verdict(tokenizers.score_card(folder), tokenizers.load(folder).num_codes)
-    if colour == RED and not section.get("force"):
-        raise ConfigError(
-            f"the tokenizer {'' if cached else 'in '}{named} is red: {reason}; train a better one (`mim eval codebook "
-            f"{section.get('path') or 'RUN'}` shows it), or set tokenizer.force=true"
-        )
-    return [f"tokenizer {named} is {colour}: {reason}"]
-
-
 # ---- token cache ---------------------------------------------------------------------------------
 
 
@@ -389,8 +321,8 @@ def token_binding(views: Views, sections: Sections, dataset: AnyDataset, grid: t
         p.name: p.default for p in inspect.signature(views.train).parameters.values() if p.kind is p.KEYWORD_ONLY
     }
     tokenizer = views.cache.tokenizer.sha256 if views.cache is not None else None
-    if has_tokenizer(section):
-        tokenizer = tokenizers.file_hash(tokenizer_path(section))
+    if frozen_networks.has_tokenizer(section):
+        tokenizer = tokenizers.file_hash(frozen_networks.tokenizer_path(section))
     return config.plain(
         {
             "dataset_id": dataset.id,
@@ -410,7 +342,7 @@ def token_binding(views: Views, sections: Sections, dataset: AnyDataset, grid: t
 
 def tokenizer_facts(sections: Sections, tokenizer: Any) -> tokens.TokenizerFacts:
     """What a cache keeps of the tokenizer that makes it; `sections` are resolved."""
-    folder = tokenizer_path(sections["tokenizer"])
+    folder = frozen_networks.tokenizer_path(sections["tokenizer"])
     card = tokenizers.score_card(folder)
     return tokens.TokenizerFacts(
         tokenizers.file_hash(folder), tokenizer.num_codes, tokenizer.stride, tokenizer.channels, card
@@ -429,35 +361,6 @@ def _open_cache(sections: Sections) -> tokens.TokenCache | None:
     return tokens.TokenCache.open(sections["tokens"])
 
 
-class Deferred:
-    """A tokenizer of which training reads only the codes: loaded when an evaluation first asks for anything of it."""
-
-    def __init__(self, sections: Sections, cache: tokens.TokenCache) -> None:
-        self._section, self._cache = sections["tokenizer"], cache
-        self._device = torch.device("cpu")
-
-    def to(self, device: torch.device) -> Deferred:
-        self._device = device
-        return self
-
-    @functools.cached_property
-    def _loaded(self) -> Any:
-        if not has_tokenizer(self._section):
-            raise ConfigError(
-                f"this evaluation needs the tokenizer, and the run has only its codes ({self._cache.path}); say "
-                f"where it is (tokenizer.path=...), or leave the evaluation out"
-            )
-        folder = tokenizer_path(self._section)
-        if (found := tokenizers.file_hash(folder)) != (made := self._cache.tokenizer.sha256):
-            raise ConfigError(
-                f"the tokenizer in {folder} is {found}, but the codes of {self._cache.path} are of {made}"
-            )
-        return tokenizers.load(folder).to(self._device)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loaded, name)
-
-
 # ---- frozen networks -----------------------------------------------------------------------------
 
 
@@ -469,45 +372,29 @@ def _check_keys(section: dict[str, Any]) -> None:
 
 def _frozen_tokenizer(section: dict[str, Any], load: bool) -> Any:
     if load:
-        return tokenizers.load(tokenizer_path(section))
+        return tokenizers.load(frozen_networks.tokenizer_path(section))
     recipe = config.read(section["recipe"])
     module, cfg = config.component("tokenizer", recipe.get("tokenizer"), f"{section['recipe']}: tokenizer")
     return module.build(cfg).eval().requires_grad_(False)
 
 
-def _frozen_teacher(section: dict[str, Any], load: bool) -> tuple[Teacher, dict[str, Any]]:
+def _frozen_teacher(section: dict[str, Any], load: bool) -> tuple[frozen_networks.Teacher, dict[str, Any]]:
     """The encoder of a run as a teacher, and its section with the checkpoint that was read."""
     unknown = set(section) - {"recipe", "path", "step", "experiment"}
     if unknown:
         raise ConfigError(f"teacher.{min(unknown)} is not a known key; known here: recipe, path, step")
     if not load:
         built = build(config.read(section["recipe"]), load_frozen=False)
-        return Teacher(built.encoder, image_size(built.views.data)).eval().requires_grad_(False), section
-    path = teacher_path(section)
+        teacher = frozen_networks.Teacher(built.encoder, image_size(built.views.data))
+        return teacher.eval().requires_grad_(False), section
+    path = frozen_networks.teacher_path(section)
     run = load_run(path, step=section.get("step"))
     if run.encoder is None:
         raise ConfigError(
             f"teacher.path={str(path)!r} trained a tokenizer, which has no features; take the run of an encoder"
         )
     found = {"path": str(path.absolute()), "step": run.step, "experiment": config.digest(run.config["experiment"])}
-    return Teacher(run.encoder, image_size(run.views.data)), {**section, **found}
-
-
-class Teacher(torch.nn.Module):
-    """A frozen encoder whose patch features are targets; it sees images at its own size and normalises them itself."""
-
-    def __init__(self, encoder: Any, image_size: tuple[int, int]):
-        super().__init__()
-        self.encoder = encoder
-        self.image_size = image_size
-        self.width = encoder.width
-        self.grid = encoder.grid(image_size)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [0, 1] -> features (B, N, D')."""
-        if images.shape[-2:] != self.image_size:
-            images = F.interpolate(images, size=self.image_size, mode="bicubic", antialias=True).clamp(0, 1)
-        return self.encoder(images).patches
+    return frozen_networks.Teacher(run.encoder, image_size(run.views.data)), {**section, **found}
 
 
 def _tokenizer_size(section: dict[str, Any], tokenizer: Any, grid: tuple[int, int]) -> tuple[int, int]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from mim import build
+from mim import frozen_networks
 from mim.contracts import Batch, LoadedRun
 from mim.data import stream
 from mim.data.jitter import jitter_
@@ -41,7 +41,7 @@ def batches(
         limit=limit,
     ):
         batch = stream.to_device(batch, device)
-        build.write_targets({**loaded.frozen, "tokenizer": tokenizer}, batch)
+        frozen_networks.write_targets({**loaded.frozen, "tokenizer": tokenizer}, batch)
         yield batch
 
 

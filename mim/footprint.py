@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from mim import build
+from mim import build, frozen_networks
 from mim.config import ConfigError
 from mim.contracts import Batch
 
@@ -107,7 +107,7 @@ def _run(built: build.Built, found: Footprint, micro_batches: int, dtype: torch.
             for name, network in built.frozen.items():
                 before = counted.get_total_flops()
                 with _precision(dtype):
-                    build.write_targets({name: network}, batch)
+                    frozen_networks.write_targets({name: network}, batch)
                 found.parts[name].forward = (counted.get_total_flops() - before) / rows
             start, inside, held = counted.get_total_flops(), _inside(counted), live.bytes
             with _precision(dtype):

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from mim import build, config, train
+from mim import build, config, frozen_networks, train
 from mim.config import ConfigError, difference
 from mim.contracts import Batch, DataError
 from mim.data import mixture, order, quarantine, stream, tokens
@@ -167,7 +167,7 @@ def prepare(recipe: str, overrides: list[str], out: Path, views: int | None) -> 
     accelerator = Accelerator(cpu=cfg.train.cpu or not torch.accelerator.is_available())
     with accelerator.main_process_first():
         dataset, _ = build.open_data(config.plain(cfg))
-    for line in build.check_tokenizer(cfg.tokenizer):
+    for line in frozen_networks.check_tokenizer(cfg.tokenizer):
         say(line, main=accelerator.is_main_process)
     built = build.build(config.plain(cfg), dataset=dataset)
     tokenizer = built.frozen["tokenizer"].to(accelerator.device)
@@ -213,7 +213,7 @@ def batches(work: Work, shards: list[int]) -> tuple[Any, int]:
     def encoded() -> Iterator[Batch]:
         for batch in loader:
             batch = stream.to_device(batch, device)
-            build.write_targets({"tokenizer": work.built.frozen["tokenizer"]}, batch)
+            frozen_networks.write_targets({"tokenizer": work.built.frozen["tokenizer"]}, batch)
             yield batch
 
     return encoded(), len(plan)

@@ -19,7 +19,7 @@ import accelerate
 import click
 import torch
 
-from mim import build, config, footprint, optim, train
+from mim import build, config, footprint, frozen_networks, optim, train
 from mim.config import ConfigError
 from mim.data import mixture, order, shards
 from mim.log import say
@@ -70,7 +70,7 @@ def untrained(cfg: train.Config) -> Iterator[tuple[str, str]]:
         "tokenizer": cfg.tokenizer if cfg.encoder is not None and cfg.tokens is None else None,
         "teacher": cfg.teacher,
     }
-    find = {"tokenizer": build.tokenizer_path, "teacher": build.teacher_path}
+    find = {"tokenizer": frozen_networks.tokenizer_path, "teacher": frozen_networks.teacher_path}
     for name, section in frozen.items():
         try:
             if section is not None:

@@ -22,7 +22,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 import tokenizer as tokenizers
-from mim import __version__, build, checkpoint, config, experiment, optim, ranks, weights
+from mim import __version__, build, checkpoint, config, experiment, frozen_networks, optim, ranks, weights
 from mim.config import ConfigError
 from mim.contracts import DataError, LoadedRun
 from mim.data import mixture, quarantine, shuffle, stages, stream
@@ -137,7 +137,7 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
     read = cfg.init.run or cfg.teacher or (cfg.encoder or {}).get("init")  # other weights, which a dry run checks too
     with torch.device("meta") if dry_run and not read else contextlib.nullcontext():
         built = build.build(config.plain(cfg), dataset=dataset)
-    verdict = build.check_tokenizer(built.sections.get("tokenizer"), cfg.tokens)
+    verdict = frozen_networks.check_tokenizer(built.sections.get("tokenizer"), cfg.tokens)
     data = built.views.data
     sequence = mixture.order_of(dataset, seed=data.seed, lanes=data.lanes, window=data.window, repeats=data.repeats)
     journal = quarantine.Journal(mixture.bad_samples(dataset), dataset.counts, budget=data.bad_budget)
@@ -230,7 +230,7 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
             waiting.batch(waited, batch["seconds"], len(batch["keys"]))
             seed_draws(cfg.optim.seed, step, accelerator.process_index, micro)
             batch = stream.to_device(batch, device)
-            build.write_targets(job.built.frozen, batch)
+            frozen_networks.write_targets(job.built.frozen, batch)
             last = micro == cfg.train.micro_batches - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(model):
                 out = model(batch, progress)

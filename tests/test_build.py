@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mim import build
+from mim import build, frozen_networks
 from mim.config import ConfigError
 
 GRAY = SimpleNamespace(path="gray", mean=[0.4], std=[0.2], gray=None, dtype="uint8")
@@ -131,9 +131,9 @@ def test_a_red_tokenizer_is_refused_unless_forced(saved_tokenizer, tmp_path, usa
     section = {"recipe": "dvae", "path": str(tmp_path / "tokenizer"), "force": force}
     if refused:
         with pytest.raises(ConfigError, match=r"is red: 1% of the codes are used.*or set tokenizer.force=true"):
-            build.check_tokenizer(section)
+            frozen_networks.check_tokenizer(section)
     else:
-        (line,) = build.check_tokenizer(section)
+        (line,) = frozen_networks.check_tokenizer(section)
         assert (" is red: " if force else " is green: ") in line
 
 

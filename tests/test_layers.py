@@ -12,7 +12,7 @@ LEVELS = [
     {"mim.data", "mim.encoders", "mim.optim"},
     {"mim.objectives", "mim.ranks"},
     {"mim.checkpoint"},
-    {"mim.layouts", "mim.resample"},
+    {"mim.layouts", "mim.resample", "mim.frozen_networks"},
     {"mim.weight_files"},
     {"mim.weights"},
     {"mim.build", "mim.released_tokenizers"},

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mim import build, train
+from mim import build, frozen_networks, train
 from mim.config import ConfigError, to_yaml
 from mim.data import stream
 
@@ -49,7 +49,7 @@ def refusal(sections) -> str:
 def test_targets_are_the_patch_features_of_the_teachers_run(sections, trained):
     frozen = build.build(sections).frozen
     batch = {"images": torch.rand(2, 3, 32, 32)}
-    build.write_targets(frozen, batch)
+    frozen_networks.write_targets(frozen, batch)
     expected = build.load_run(trained).encoder(batch["images"]).patches
     assert torch.equal(batch["targets"], expected)
     assert not batch["targets"].requires_grad
@@ -60,7 +60,7 @@ def test_a_teacher_of_another_size_sees_the_image_at_its_own(sections):
     sections["data"]["image_size"] = sections["tokenizer"]["image_size"] = 64
     sections["tokenizer"]["stride"] = 16
     batch = {"images": torch.rand(2, 3, 64, 64)}
-    build.write_targets(build.build(sections).frozen, batch)
+    frozen_networks.write_targets(build.build(sections).frozen, batch)
     assert batch["targets"].shape == (2, 16, 32)
 
 
@@ -78,7 +78,7 @@ def test_a_tokenizer_learns_from_a_teacher_and_its_run_opens_again(sections, tmp
         )
     )
     batch = stream.to_device(batch, torch.device("cpu"))
-    build.write_targets(loaded.frozen, batch)
+    frozen_networks.write_targets(loaded.frozen, batch)
     out = loaded.objective(batch, torch.tensor(1.0))
     assert out["loss"].shape == (4,)
     assert train.main(str(path), [f"train.run={tmp_path / 'again'}"], dry_run=True) == train.DONE

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mim import build
+from mim import build, frozen_networks
 from mim.contracts import LoadedRun, NamedValues
 from mim.data import stream
 from mim.features import in_colour, sheet
@@ -39,7 +39,7 @@ def run(loaded: LoadedRun, cfg: Config) -> NamedValues:
         limit=cfg.num_images,
     )
     batch = stream.to_device(next(iter(batches)), next(loaded.objective.parameters()).device)
-    build.write_targets(loaded.frozen, batch)
+    frozen_networks.write_targets(loaded.frozen, batch)
     images = batch["images"]
     pred = loaded.objective.reconstruct(batch, loaded.frozen)
     if pred.shape != images.shape:  # the tokenizer's size

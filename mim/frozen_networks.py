@@ -1,0 +1,136 @@
+"""Frozen networks beside what is trained: where they lie, whether they will do, and what they write into a batch.
+
+A tokenizer writes `codes`, a teacher `targets`; a cache of codes may stand in the tokenizer's place.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import tokenizer as tokenizers
+from mim import checkpoint
+from mim.config import ConfigError
+from mim.contracts import Batch
+from mim.data import tokens
+from tokenizer.card import RED, verdict
+
+
+@torch.no_grad()
+def write_targets(frozen: dict[str, Any], batch: Batch) -> None:
+    """Let the frozen networks write `codes` or `targets` into a batch that is on the device."""
+    if "teacher" in frozen:
+        batch["targets"] = frozen["teacher"](batch["images"])  # (B, N, D')
+    if "tokenizer" in frozen:
+        batch["codes"] = frozen["tokenizer"].encode(batch.get("tokenizer_images", batch["images"]))  # (B, N)
+
+
+def tokenizer_path(section: dict[str, Any]) -> Path:
+    """The folder that holds a frozen tokenizer's files: the section's path, or the newest checkpoint of that run."""
+    if not section.get("path"):
+        raise ConfigError("tokenizer.path is missing: the run of a trained tokenizer, e.g. tokenizer.path=runs/dvae")
+    path = Path(section["path"]).expanduser()
+    if (path / "tokenizer.json").is_file():
+        return path
+    newest = checkpoint.newest(path) if path.is_dir() else None
+    if newest is None or not (newest / "tokenizer.json").is_file():
+        raise ConfigError(
+            f"tokenizer.path={str(path)!r} holds no trained tokenizer; train one first, e.g. "
+            f"`mim train {section.get('recipe', 'RECIPE')} train.run={path}`"
+        )
+    return newest
+
+
+def teacher_path(section: dict[str, Any]) -> Path:
+    """The run directory of a frozen teacher."""
+    if not section.get("path"):
+        raise ConfigError("teacher.path is missing: the run of a trained encoder, e.g. teacher.path=runs/mae")
+    path = Path(section["path"]).expanduser()
+    if not path.is_dir() or checkpoint.newest(path) is None:
+        raise ConfigError(
+            f"teacher.path={str(path)!r} holds no trained encoder; train one first, e.g. "
+            f"`mim train {section.get('recipe', 'RECIPE')} train.run={path}`"
+        )
+    return path
+
+
+def has_tokenizer(section: dict[str, Any]) -> bool:
+    """Whether the tokenizer that a section names is there."""
+    try:
+        tokenizer_path(section)
+    except ConfigError:
+        return False
+    return True
+
+
+def check_tokenizer(section: dict[str, Any] | None, cached: str | None = None) -> list[str]:
+    """The verdict on a frozen tokenizer as a start line; a red one is refused, unless `tokenizer.force` is true.
+
+    cached: the token cache that stands in its place, and knows its score card.
+    """
+    if section is None or not (cached or section.get("path")):
+        return []
+    if cached is not None:
+        facts = tokens.TokenCache.open(cached).tokenizer
+        named, (colour, reason) = f"of {cached}", verdict(facts.card, facts.num_codes)
+    else:
+        folder = tokenizer_path(section)
+        named = str(folder)
+        colour, reason = verdict(tokenizers.score_card(folder), tokenizers.load(folder).num_codes)
+    if colour == RED and not section.get("force"):
+        raise ConfigError(
+            f"the tokenizer {'' if cached else 'in '}{named} is red: {reason}; train a better one (`mim eval codebook "
+            f"{section.get('path') or 'RUN'}` shows it), or set tokenizer.force=true"
+        )
+    return [f"tokenizer {named} is {colour}: {reason}"]
+
+
+class Deferred:
+    """A tokenizer of which training reads only the codes: loaded when an evaluation first asks for anything of it."""
+
+    def __init__(self, sections: dict[str, Any], cache: tokens.TokenCache) -> None:
+        self._section, self._cache = sections["tokenizer"], cache
+        self._device = torch.device("cpu")
+
+    def to(self, device: torch.device) -> Deferred:
+        self._device = device
+        return self
+
+    @functools.cached_property
+    def _loaded(self) -> Any:
+        if not has_tokenizer(self._section):
+            raise ConfigError(
+                f"this evaluation needs the tokenizer, and the run has only its codes ({self._cache.path}); say "
+                f"where it is (tokenizer.path=...), or leave the evaluation out"
+            )
+        folder = tokenizer_path(self._section)
+        if (found := tokenizers.file_hash(folder)) != (made := self._cache.tokenizer.sha256):
+            raise ConfigError(
+                f"the tokenizer in {folder} is {found}, but the codes of {self._cache.path} are of {made}"
+            )
+        return tokenizers.load(folder).to(self._device)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loaded, name)
+
+
+class Teacher(torch.nn.Module):
+    """A frozen encoder whose patch features are targets; it sees images at its own size and normalises them itself."""
+
+    def __init__(self, encoder: Any, image_size: tuple[int, int]):
+        super().__init__()
+        self.encoder = encoder
+        self.image_size = image_size
+        self.width = encoder.width
+        self.grid = encoder.grid(image_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [0, 1] -> features (B, N, D')."""
+        if images.shape[-2:] != self.image_size:
+            images = F.interpolate(images, size=self.image_size, mode="bicubic", antialias=True).clamp(0, 1)
+        return self.encoder(images).patches
