@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import tokenizer as tokenizers
-from mim import checkpoint, config, frozen_networks
+from mim import checkpoint, config, frozen_networks, weights
 from mim.config import ConfigError
 from mim.contracts import DataError, LoadedRun
 from mim.data import make, shards, stream, tokens
@@ -115,7 +115,7 @@ def _build(sections: Sections, dataset: AnyDataset | None, load_frozen: bool) ->
             known = cache.tokenizer if cache is not None else frozen["tokenizer"]
             sizes.append(_tokenizer_size(sections["tokenizer"], known, encoder.grid(size)))
     if sections.get("teacher") is not None:
-        frozen["teacher"], resolved["teacher"] = _frozen_teacher(sections["teacher"], load_frozen)
+        frozen["teacher"], resolved["teacher"] = _frozen_teacher(sections["teacher"], load_frozen, data.channels)
         theirs, ours = frozen["teacher"].grid, inner.grid(size)
         if theirs != ours:
             raise ConfigError(
@@ -378,11 +378,21 @@ def _frozen_tokenizer(section: dict[str, Any], load: bool) -> Any:
     return module.build(cfg).eval().requires_grad_(False)
 
 
-def _frozen_teacher(section: dict[str, Any], load: bool) -> tuple[frozen_networks.Teacher, dict[str, Any]]:
-    """The encoder of a run as a teacher, and its section with the checkpoint that was read."""
-    unknown = set(section) - {"recipe", "path", "step", "experiment"}
+def _frozen_teacher(
+    section: dict[str, Any], load: bool, channels: int
+) -> tuple[frozen_networks.Teacher, dict[str, Any]]:
+    """A teacher, and its section with the identity of the weights that were read.
+
+    Either the encoder of a run of ours (`recipe`, `path`), or any encoder with weights that others released
+    (`encoder`, `init`, `image_size`).
+    """
+    released = section.get("encoder") is not None
+    known = ("encoder", "init", "image_size") if released else ("recipe", "path", "step")
+    unknown = set(section) - {*known, "experiment"}
     if unknown:
-        raise ConfigError(f"teacher.{min(unknown)} is not a known key; known here: recipe, path, step")
+        raise ConfigError(f"teacher.{min(unknown)} is not a known key; known here: {', '.join(known)}")
+    if released:
+        return _released_teacher(section, load, channels)
     if not load:
         built = build(config.read(section["recipe"]), load_frozen=False)
         teacher = frozen_networks.Teacher(built.encoder, image_size(built.views.data))
@@ -395,6 +405,24 @@ def _frozen_teacher(section: dict[str, Any], load: bool) -> tuple[frozen_network
         )
     found = {"path": str(path.absolute()), "step": run.step, "experiment": config.digest(run.config["experiment"])}
     return frozen_networks.Teacher(run.encoder, image_size(run.views.data)), {**section, **found}
+
+
+def _released_teacher(
+    section: dict[str, Any], load: bool, channels: int
+) -> tuple[frozen_networks.Teacher, dict[str, Any]]:
+    """An encoder filled from `teacher.init`; without `load` it has fresh weights."""
+    size = image_size(stream.Config(path="", image_size=section.get("image_size", 224)))
+    module, cfg = config.component("mim.encoders", section["encoder"], "teacher.encoder")
+    mean, std = statistics(channels, None)
+    cfg.mean, cfg.std = cfg.mean or mean, cfg.std or std
+    encoder = module.build(cfg, image_size=size, channels=channels)
+    resolved = {**section, "encoder": {**section["encoder"], **config.plain(cfg)}, "image_size": list(size)}
+    if load:
+        frozen_networks.teacher_path(section)
+        report = weights.initialize_encoder(encoder, str(section["init"]))
+        say(report.lines()[0].replace("weights", "teacher: weights", 1))
+        resolved["experiment"] = frozen_networks.weights_hash(encoder)
+    return frozen_networks.Teacher(encoder, size).eval().requires_grad_(False), resolved
 
 
 def _tokenizer_size(section: dict[str, Any], tokenizer: Any, grid: tuple[int, int]) -> tuple[int, int]:

@@ -81,7 +81,7 @@ def misfit(tokenizer: Any, batch: Batch, grid: tuple[int, int]) -> dict[str, Ten
         return {"recon_mae": (decoded - images_of(batch)).abs().flatten(1).mean(dim=1)}
     if "targets" not in batch:
         return {}
-    return {"teacher_cosine": F.cosine_similarity(decoded, batch["targets"].float(), dim=-1).mean(dim=1)}
+    return {"teacher_cosine": tokenizer.teacher_cosine(decoded, batch["targets"])}
 
 
 def histogram(codes: Tensor, num_codes: int) -> Tensor:

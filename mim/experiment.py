@@ -29,7 +29,7 @@ def identity(sections: dict[str, Any], dataset: mixture.AnyDataset) -> dict[str,
     found["data"] = {key: value for key, value in found["data"].items() if key not in looks}
     found["dataset_id"] = dataset.id
     if sections.get("teacher") is not None:
-        found["teacher"] = {key: sections["teacher"][key] for key in ("step", "experiment")}
+        found["teacher"] = {key: sections["teacher"].get(key) for key in ("step", "experiment")}
     if (sections.get("encoder") or {}).get("init") is not None:  # a resume never reads it again, so it may move
         found["encoder"] = {**found["encoder"], "init": Path(sections["encoder"]["init"]).name}
     if (sections.get("init") or {}).get("run") is not None:

@@ -6,6 +6,7 @@ A tokenizer writes `codes`, a teacher `targets`; a cache of codes may stand in t
 from __future__ import annotations
 
 import functools
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,13 @@ def tokenizer_path(section: dict[str, Any]) -> Path:
 
 
 def teacher_path(section: dict[str, Any]) -> Path:
-    """The run directory of a frozen teacher."""
+    """Where a frozen teacher comes from: a run directory, or `init` of one that others released."""
+    if section.get("encoder") is not None:
+        if not section.get("init"):
+            raise ConfigError(
+                "teacher.init is missing: the released weights of teacher.encoder, a file, a folder or a timm name"
+            )
+        return Path(str(section["init"]))
     if not section.get("path"):
         raise ConfigError("teacher.path is missing: the run of a trained encoder, e.g. teacher.path=runs/mae")
     path = Path(section["path"]).expanduser()
@@ -57,6 +64,15 @@ def teacher_path(section: dict[str, Any]) -> Path:
             f"`mim train {section.get('recipe', 'RECIPE')} train.run={path}`"
         )
     return path
+
+
+def weights_hash(network: torch.nn.Module) -> str:
+    """SHA-256 over the names and values of all weights."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def has_tokenizer(section: dict[str, Any]) -> bool:

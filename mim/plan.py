@@ -40,7 +40,7 @@ def main(recipe: str, overrides: list[str], *, images: int | None = None, as_jso
         train.main(recipe, overrides, dry_run=True)
     state = accelerate.PartialState(cpu=cfg.train.cpu or not torch.accelerator.is_available())
     for name, own in missing:
-        say(f"no trained {name} yet: planned from its recipe {own}", main=state.is_main_process)
+        say(f"no trained {name} yet: planned from its {own}", main=state.is_main_process)
     dataset = None
     if images is None and not absent:
         dataset, _ = build.open_data(config.plain(cfg))
@@ -76,9 +76,9 @@ def untrained(cfg: train.Config) -> Iterator[tuple[str, str]]:
             if section is not None:
                 find[name](section)
         except ConfigError:
-            if not section or not section.get("recipe"):
+            if not section or not (section.get("recipe") or section.get("encoder")):
                 raise
-            yield name, section["recipe"]
+            yield name, f"recipe {section['recipe']}" if section.get("recipe") else f"section {name}.encoder"
 
 
 def epochs_in(value: Any, key: str = "") -> Iterator[str]:

@@ -199,6 +199,7 @@ def vqkd_names(theirs: Tensors) -> tuple[Tensors, set[str]]:
     codes = theirs[CODES]  # (K, d)
     sizes = theirs.get("quantize.cluster_size", codes.new_ones(len(codes)))  # (K,)
     ours |= {"quantizer.codes": codes, "quantizer.sizes": sizes, "quantizer.sums": codes * sizes[:, None]}
+    ours["target_mean"] = codes.new_zeros(len(theirs["decode_task_layer.2.weight"]))  # its targets were not centred
     used = tuple(f"{name}." for names in SIDES.items() for name in names)
     return ours, {n for n in theirs if n.startswith(used) or n in (CODES, "quantize.cluster_size")}
 

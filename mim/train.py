@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import tokenizer as tokenizers
 from mim import __version__, build, checkpoint, config, experiment, frozen_networks, optim, ranks, weights
 from mim.config import ConfigError
-from mim.contracts import DataError, LoadedRun
+from mim.contracts import Batch, DataError, LoadedRun
 from mim.data import mixture, quarantine, shuffle, stages, stream
 from mim.log import Averages, Progress, RunLog, say, write_json
 from mim.schedules import to_steps
@@ -212,7 +212,7 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
     for name in cfg.evals if state.get("look") else ():  # what the weights are worth before the first step
         look(job, name, 0, log)
     if start == 0 and not state.get("look") and hasattr(objective, "start"):
-        objective.start(stream.to_device(batch, device) for batch in loader(job, 0))
+        objective.start(on_device(job, batch) for batch in loader(job, 0))
     batches = iter(loader(job, start))
     model.train()
 
@@ -229,8 +229,7 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
             progress_line.waited(waited)
             waiting.batch(waited, batch["seconds"], len(batch["keys"]))
             seed_draws(cfg.optim.seed, step, accelerator.process_index, micro)
-            batch = stream.to_device(batch, device)
-            frozen_networks.write_targets(job.built.frozen, batch)
+            batch = on_device(job, batch)
             last = micro == cfg.train.micro_batches - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(model):
                 out = model(batch, progress)
@@ -321,6 +320,13 @@ def loader(job: Job, start: int) -> Any:
         workers=num_workers(cfg.train.workers),
         pin_memory=accelerator.device.type == "cuda",
     )
+
+
+def on_device(job: Job, batch: Batch) -> Batch:
+    """A batch on the device, with what the frozen networks write into it."""
+    batch = stream.to_device(batch, job.accelerator.device)
+    frozen_networks.write_targets(job.built.frozen, batch)
+    return batch
 
 
 def num_workers(asked: int | None) -> int:

@@ -105,16 +105,29 @@ def start(built: Any, run: str | None, *, optimizer: bool, resumed: bool) -> Sta
 
 def initialize(objective: nn.Module, encoder: Any, source: str, *, name: str) -> Report:
     """Fill the encoder from `encoder.init`, and the objective called `name` where the file is of that objective."""
+    report, rest = _encoder_from(encoder, source)
+    fill_objective(objective, rest, report, name=name)
+    return report
+
+
+def initialize_encoder(encoder: Any, source: str) -> Report:
+    """Fill an encoder alone, as that of a teacher; what belongs to an objective is unused."""
+    report, rest = _encoder_from(encoder, source)
+    report.unused += rest
+    return report
+
+
+def _encoder_from(encoder: Any, source: str) -> tuple[Report, dict[str, Tensor]]:
+    """Fill an encoder; return the report, and the tensors that belong to an objective."""
     opened = weight_files.open_source(source)
     layout = layout_of(opened)
     report = Report(opened.origin, layout.family, notes=list(opened.notes))
     fill_encoder(encoder, layout, opened, report)
+    report.notes += pixels(encoder, layout, opened)
     if opened.objective is not None:  # `encoder.init=RUN` is the run's encoder alone
         report.unused += layout.rest
-        layout.rest = {}
-    fill_objective(objective, layout.rest, report, name=name)
-    report.notes += pixels(encoder, layout, opened)
-    return report
+        return report, {}
+    return report, layout.rest
 
 
 def from_run(objective: nn.Module, encoder: Any, source: str, *, averaged: bool, name: str) -> tuple[Report, Path]:

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from conftest import TINY
+from safetensors.torch import save_file
 
 from mim import build, frozen_networks, train
 from mim.config import ConfigError, to_yaml
@@ -94,6 +96,46 @@ def test_a_resume_with_another_teacher_is_refused(sections, tmp_path, trained, r
     train.main(str(tmp_path / "other.yaml"), [f"train.run={tmp_path / 'other'}"])
     with pytest.raises(ConfigError, match=r"another experiment.*\n  teacher\.experiment: "):
         train.main(str(path), [f"train.run={tmp_path / 'run'}", f"teacher.path={tmp_path / 'other'}"])
+
+
+@pytest.fixture
+def released(sections, tmp_path):
+    """The sections with a teacher that others released: a file of a timm ViT's weights."""
+    encoder = {"name": "vit", **TINY["vit"]}
+    vit = build.build({**sections, "teacher": {"encoder": encoder, "image_size": 32}}, load_frozen=False)
+    weights = {f"{name}": value for name, value in vit.frozen["teacher"].encoder.vit.state_dict().items()}
+    save_file(weights, tmp_path / "vit.safetensors")
+    teacher = {"encoder": encoder, "init": str(tmp_path / "vit.safetensors"), "image_size": 32}
+    return {**sections, "teacher": teacher}, weights
+
+
+def test_released_weights_can_be_a_teacher_and_name_the_experiment(released, tmp_path, capsys):
+    sections, weights = released
+    built = build.build(sections)
+    teacher = built.frozen["teacher"].encoder.vit.state_dict()
+    assert all(torch.equal(teacher[name], value) for name, value in weights.items())
+    assert "teacher: weights from " in capsys.readouterr().err
+    again = build.build({**sections, "teacher": dict(built.sections["teacher"])}).sections["teacher"]
+    assert again == built.sections["teacher"]
+    weights["cls_token"] += 1
+    save_file(weights, tmp_path / "vit.safetensors")
+    changed = build.build(sections).sections["teacher"]
+    assert changed["experiment"] != again["experiment"]
+
+
+def test_a_released_teacher_needs_its_weights(released):
+    sections, _ = released
+    del sections["teacher"]["init"]
+    assert refusal(sections) == (
+        "teacher.init is missing: the released weights of teacher.encoder, a file, a folder or a timm name"
+    )
+
+
+def test_weights_of_another_width_are_no_teacher(released):
+    sections, _ = released
+    sections["teacher"]["encoder"]["width"] = 64
+    sections["tokenizer"]["target_width"] = 64
+    assert "width" in refusal(sections) or "64" in refusal(sections)
 
 
 @pytest.mark.parametrize(

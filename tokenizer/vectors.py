@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,6 +23,8 @@ START_VECTORS = 16  # per code
 class VectorTokenizer(nn.Module):
     """Its quantizer is a `Codebook` (VQ-KD) or a `Grid` (FSQ)."""
 
+    target_mean: Tensor  # (D',) of the teacher's features in the first batches
+
     def __init__(self, cfg: Any, quantizer: Any, num_codes: int, code_width: int, *, commitment: float):
         super().__init__()
         networks.check(cfg)
@@ -29,6 +32,8 @@ class VectorTokenizer(nn.Module):
         self.target = cfg.target
         self.target_width = cfg.target_width
         self.commitment = commitment
+        if cfg.target == "features":
+            self.register_buffer("target_mean", torch.zeros(cfg.target_width))
         self.encoder = networks.encoder(cfg, code_width)
         self.quantizer = quantizer
         self.decoder = networks.decoder(cfg, code_width)
@@ -73,7 +78,7 @@ class VectorTokenizer(nn.Module):
             misfit = (decoded - images).square().flatten(1).mean(dim=1)  # (B,)
             shown = {"recon_mse": misfit, "recon_mae": (decoded.clamp(0, 1) - images).abs().flatten(1).mean(dim=1)}
         else:
-            cosine = F.cosine_similarity(decoded, batch["targets"].float(), dim=-1).mean(dim=1)  # (B,)
+            cosine = self.teacher_cosine(decoded, batch["targets"])  # (B,)
             misfit, shown = 1 - cosine, {"teacher_cosine": cosine}
         commitment = commitment.mean(dim=1)  # (B,)
         return {
@@ -83,10 +88,16 @@ class VectorTokenizer(nn.Module):
             **{name: value.detach() for name, value in shown.items()},
         }
 
+    def teacher_cosine(self, decoded: Tensor, targets: Tensor) -> Tensor:
+        """Cosine (B,) of decoded features (B, N, D') to the teacher's, centred: most of a feature is what all share,
+        and a codebook of one code would come close to that.
+        """
+        return F.cosine_similarity(decoded, targets.float() - self.target_mean, dim=-1).mean(dim=1)
+
     @torch.no_grad()
     def start(self, batches: Iterator[dict[str, Any]]) -> None:
-        """Start from what the untrained encoder makes of the first batches: standardise it, then k-means if there is a
-        codebook.
+        """Start from the first batches: centre the targets, standardise what the untrained encoder makes of the images,
+        then k-means if there is a codebook.
 
         An untrained network gives every patch nearly the same vector; standardised, they differ in all directions.
         Micro-batches of whole steps are taken until there are START_VECTORS vectors per code, so that the draw depends
@@ -94,6 +105,7 @@ class VectorTokenizer(nn.Module):
         """
         wanted = START_VECTORS * self.num_codes
         drawn, last, per_step = None, None, 0
+        sums = torch.zeros(self.target_width + 1, dtype=torch.float64, device=next(self.parameters()).device)
         for batch in batches:
             images = batch["tokenizer_images"] if "tokenizer_images" in batch else batch["images"]
             h, w = self.grid((images.shape[-2], images.shape[-1]))
@@ -103,7 +115,16 @@ class VectorTokenizer(nn.Module):
             last = batch["position"]
             share = draw(self.encoder(images), batch["noise"], batch.get("weight"), wanted)
             drawn = share if drawn is None else merge([drawn, share], wanted)
+            if self.target == "features":
+                weight = batch.get("weight", torch.ones(len(images), device=images.device))
+                sums += torch.cat(
+                    [(batch["targets"].double().mean(dim=1) * weight[:, None]).sum(dim=0), weight.sum()[None]]
+                )
         assert drawn is not None, "a run has batches"
+        if self.target == "features":
+            if dist.is_initialized():
+                dist.all_reduce(sums)
+            self.target_mean.copy_(sums[:-1] / sums[-1])
         keys, vectors = gather_drawn(*drawn, wanted)
         vectors = vectors[keys < NEVER]  # without rows that only pad
         mean, std = vectors.mean(dim=0), vectors.std(dim=0).clamp(min=1e-6)
