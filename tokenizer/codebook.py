@@ -140,12 +140,12 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def start(self, vectors: Tensor, num_vectors: int) -> None:
-        """Start from k-means on placed vectors (M, d), alike on every rank; a step has `num_vectors` of them.
+        """Start from k-means on vectors (M, d), alike on every rank; a step has `num_vectors` of them.
 
         Every code starts with the averages of mean size, so that what is dead is known only after some steps.
         """
         if self.iterations:
-            self.codes.copy_(k_means(vectors, len(self.codes), iterations=self.iterations, unit=self.unit))
+            self.codes.copy_(k_means(self.place(vectors), len(self.codes), iterations=self.iterations, unit=self.unit))
             if dist.is_initialized():
                 dist.broadcast(self.codes, 0)  # ranks of different hardware may round differently
         self.sizes.fill_(num_vectors / len(self.codes))

@@ -1,7 +1,11 @@
 """Finite scalar quantization: a few values per patch, each rounded to a few levels; the grid of levels is the codebook.
 
-Mentzer et al. 2023, "Finite Scalar Quantization: VQ-VAE Made Simple", arXiv 2309.15505, section 3. Nothing is learned
-in the quantizer, so nothing can collapse in it; the target is pixels, or a teacher's features as in VQ-KD.
+Mentzer et al. 2023, "Finite Scalar Quantization: VQ-VAE Made Simple", arXiv 2309.15505, section 3. No code is learned,
+so none can die; the target is pixels, or a teacher's features as in VQ-KD.
+
+Deliberately different: the values are whitened by moving averages of their mean and covariance before they are bounded.
+Each then spreads over its levels, and none repeats what another says; short trainings left three quarters of the grid
+unused without it.
 """
 
 from __future__ import annotations
@@ -10,10 +14,13 @@ import math
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from tokenizer import networks
 from tokenizer.vectors import VectorTokenizer
+
+DECAY = 0.99  # of the averages, per step
 
 
 @dataclass
@@ -22,11 +29,17 @@ class Config(networks.Networks):
 
 
 class Grid(nn.Module):
-    """The quantizer: value i of a vector is bounded to `levels[i]` levels and rounded; gradients pass the rounding."""
+    """The quantizer: value i of a vector is bounded to `levels[i]` levels and rounded; gradients pass the rounding.
 
-    levels: Tensor  # (d,) as all of these
-    offset: Tensor  # 1/2 for an even number of levels, which has no level at 0
-    steps: Tensor  # what one level of each value adds to the index
+    Training collects moments in `forward`; `update` adds them over all ranks and applies them once per step.
+    """
+
+    levels: Tensor  # (d,)
+    offset: Tensor  # (d,) 1/2 for an even number of levels, which has no level at 0
+    steps: Tensor  # (d,) what one level of each value adds to the index
+    mean: Tensor  # (d,) moving average of the values
+    second: Tensor  # (d, d) moving average of their products
+    whitening: Tensor  # (d, d) that makes them uncorrelated, of unit variance
 
     def __init__(self, levels: list[int]):
         super().__init__()
@@ -35,12 +48,17 @@ class Grid(nn.Module):
         self.register_buffer("offset", (counts + 1) % 2 / 2, persistent=False)
         steps = torch.tensor([math.prod(levels[:i]) for i in range(len(levels))])
         self.register_buffer("steps", steps, persistent=False)
+        self.register_buffer("mean", torch.zeros(len(levels)))
+        self.register_buffer("second", torch.eye(len(levels)))
+        self.register_buffer("whitening", torch.eye(len(levels)))
+        self._moments: Tensor | None = None  # (1 + d + d d,) of the micro-batches since the last update
 
     def place(self, vectors: Tensor) -> Tensor:
-        """Bound vectors (..., d) so that rounding gives exactly `levels` values (equation 1 and appendix A)."""
+        """Whiten vectors (..., d) and bound them: rounding then gives exactly `levels` values (equation 1, appendix A)."""
         half = (self.levels - 1) * (1 + 1e-3) / 2
         shift = torch.atanh(self.offset / half)
-        return torch.tanh(vectors.float() + shift) * half - self.offset
+        white = (vectors.float() - self.mean) @ self.whitening.T
+        return torch.tanh(white + shift) * half - self.offset
 
     def ids(self, vectors: Tensor) -> Tensor:
         """Codes (B, N) int64 of bounded vectors (B, N, d)."""
@@ -54,10 +72,47 @@ class Grid(nn.Module):
 
     def forward(self, vectors: Tensor, noise: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Vectors (B, N, d) -> rounded ones in [-1, 1], codes (B, N), and a commitment of 0 (B, N): none is needed."""
+        if self.training:
+            self._collect(vectors.detach().float(), weight)
         bounded = self.place(vectors)
         ids = self.ids(bounded.detach())
         rounded = bounded + (bounded.round() - bounded).detach()  # straight through
         return rounded / (self.levels // 2), ids, torch.zeros_like(bounded[..., 0])
+
+    def _collect(self, vectors: Tensor, weight: Tensor | None) -> None:
+        counted = torch.ones(len(vectors), device=vectors.device) if weight is None else (weight != 0).float()  # (B,)
+        kept = (vectors * counted[:, None, None]).flatten(0, 1)  # (B N, d)
+        total = (counted.sum() * vectors.shape[1])[None]
+        moments = torch.cat([total, kept.sum(dim=0), (kept.T @ kept).flatten()])
+        self._moments = moments if self._moments is None else self._moments + moments
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the averages by what the micro-batches of all ranks collected since the last call; no host sync."""
+        if self._moments is None:
+            return
+        if dist.is_initialized():
+            dist.all_reduce(self._moments)
+        self._apply_moments(self._moments, 1 - DECAY)
+        self._moments = None
+
+    @torch.no_grad()
+    def start(self, vectors: Tensor, num_vectors: int) -> None:
+        """Start from the moments of vectors (M, d), alike on every rank."""
+        self._collect(vectors[None], None)
+        assert self._moments is not None
+        self._apply_moments(self._moments, 1.0)
+        self._moments = None
+
+    def _apply_moments(self, moments: Tensor, rate: float) -> None:
+        count, first, products = moments.split([1, len(self.mean), self.second.numel()])
+        self.mean.lerp_(first / count, rate)
+        self.second.lerp_((products / count).view_as(self.second), rate)
+        covariance = self.second - self.mean[:, None] * self.mean
+        floor = 1e-6 * covariance.diagonal().mean() * torch.eye(len(self.mean), device=covariance.device)
+        factor, _ = torch.linalg.cholesky_ex(covariance + floor)
+        eye = torch.eye(len(self.mean), device=factor.device)
+        self.whitening.copy_(torch.linalg.solve_triangular(factor, eye, upper=False))
 
 
 def build(cfg: Config) -> VectorTokenizer:

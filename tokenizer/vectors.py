@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer import networks
-from tokenizer.codebook import NEVER, Codebook, draw, gather_drawn, merge
+from tokenizer.codebook import NEVER, draw, gather_drawn, merge
 
 START_VECTORS = 16  # per code
 
@@ -129,10 +129,8 @@ class VectorTokenizer(nn.Module):
         vectors = vectors[keys < NEVER]  # without rows that only pad
         mean, std = vectors.mean(dim=0), vectors.std(dim=0).clamp(min=1e-6)
         self.encoder.standardize(mean, std)
-        if isinstance(self.quantizer, Codebook):
-            self.quantizer.start(self.quantizer.place((vectors - mean) / std), per_step)
+        self.quantizer.start((vectors - mean) / std, per_step)
 
     def after_step(self, step: int, progress: Tensor) -> None:
         """Let the quantizer apply what it collected."""
-        if isinstance(self.quantizer, Codebook):
-            self.quantizer.update()
+        self.quantizer.update()
