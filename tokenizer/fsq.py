@@ -54,7 +54,7 @@ class Grid(nn.Module):
         self._moments: Tensor | None = None  # (1 + d + d d,) of the micro-batches since the last update
 
     def place(self, vectors: Tensor) -> Tensor:
-        """Whiten vectors (..., d) and bound them: rounding then gives exactly `levels` values (equation 1, appendix A)."""
+        """Whiten vectors (..., d), then bound them: rounding gives exactly `levels` values (equation 1, appendix A)."""
         half = (self.levels - 1) * (1 + 1e-3) / 2
         shift = torch.atanh(self.offset / half)
         white = (vectors.float() - self.mean) @ self.whitening.T
