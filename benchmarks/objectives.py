@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mim import build, config, frozen_networks, optim, train
+from mim import build, config, optim, train
+from mim import codes as evaluated
 from mim.contracts import Batch, LoadedRun
-from mim.data import stream
 from mim.patches import gather, mask_to_ids
 from tokenizer.quantize import code_counts
 
@@ -128,19 +128,8 @@ def measure(loaded: LoadedRun, images: int) -> dict[str, Any]:
 
 def batches(loaded: LoadedRun, dataset: Any, images: int) -> Iterator[Batch]:
     """Batches with the same pixels, masks and draws every time."""
-    views = loaded.views
-    for batch in stream.evaluate(
-        dataset,
-        view=views.evaluation,
-        sizes=views.sizes,
-        mask=views.mask,
-        channels=views.data.channels,
-        batch_size=100,
-        limit=images,
-    ):
-        batch = stream.to_device(batch, torch.device("cpu"))
-        frozen_networks.write_targets(loaded.frozen, batch)
-        yield batch
+    cpu = torch.device("cpu")
+    return evaluated.batches(loaded, dataset, loaded.frozen, batch_size=100, limit=images, device=cpu)
 
 
 def pixels(loaded: LoadedRun, training: list[Batch], held_out: list[Batch]) -> dict[str, float]:

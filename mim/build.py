@@ -164,9 +164,14 @@ def _check_views(data: stream.Config, dataset: AnyDataset | None) -> None:
 
 def image_size(data: stream.Config) -> tuple[int, int]:
     """The size (H, W) of `data.image_size`."""
-    size = [data.image_size] * 2 if isinstance(data.image_size, int) else list(data.image_size)
-    if len(size) != 2 or min(size) < 1:
-        raise ConfigError(f"data.image_size={data.image_size!r} must be one number of pixels or [height, width]")
+    return size_of(data.image_size, "data.image_size")
+
+
+def size_of(value: Any, where: str) -> tuple[int, int]:
+    """A size (H, W) stated as one number or two; `where` is its key, for the message."""
+    size = value if isinstance(value, list) else [value] * 2
+    if len(size) != 2 or not all(isinstance(pixels, int) and pixels >= 1 for pixels in size):
+        raise ConfigError(f"{where}={value!r} must be one number of pixels or [height, width]")
     return size[0], size[1]
 
 
@@ -411,7 +416,7 @@ def _released_teacher(
     section: dict[str, Any], load: bool, channels: int
 ) -> tuple[frozen_networks.Teacher, dict[str, Any]]:
     """An encoder filled from `teacher.init`; without `load` it has fresh weights."""
-    size = image_size(stream.Config(path="", image_size=section.get("image_size", 224)))
+    size = size_of(section.get("image_size", 224), "teacher.image_size")
     module, cfg = config.component("mim.encoders", section["encoder"], "teacher.encoder")
     mean, std = statistics(channels, None)
     cfg.mean, cfg.std = cfg.mean or mean, cfg.std or std

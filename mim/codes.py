@@ -19,17 +19,22 @@ from mim.data import stream
 from mim.data.jitter import jitter_
 from mim.data.mixture import AnyDataset
 from mim.features import in_colour, sheet
-from tokenizer.quantize import uniform_noise
+from tokenizer.quantize import images_of, uniform_noise
 
 JITTER = 0.4  # strength of BEiT's colour jitter
 MAP_ROWS, GALLERY_ROWS, GALLERY_COLUMNS = 8, 16, 12  # of the pictures
 
 
 def batches(
-    loaded: LoadedRun, dataset: AnyDataset, tokenizer: Any, *, batch_size: int, limit: int | None
+    loaded: LoadedRun,
+    dataset: AnyDataset,
+    frozen: dict[str, Any],
+    *,
+    batch_size: int,
+    limit: int | None,
+    device: torch.device,
 ) -> Iterator[Batch]:
-    """Held-out views with their codes (B, N) and, if the run masks, the same masks each time."""
-    device = next(tokenizer.parameters()).device
+    """Evaluation's views, with what the frozen networks write; the same pixels, masks and draws every time."""
     views = loaded.views
     for batch in stream.evaluate(
         dataset,
@@ -41,13 +46,8 @@ def batches(
         limit=limit,
     ):
         batch = stream.to_device(batch, device)
-        frozen_networks.write_targets({**loaded.frozen, "tokenizer": tokenizer}, batch)
+        frozen_networks.write_targets(frozen, batch)
         yield batch
-
-
-def images_of(batch: Batch) -> Tensor:
-    """The images (B, C, H, W) that the tokenizer sees."""
-    return batch["tokenizer_images"] if "tokenizer_images" in batch else batch["images"]
 
 
 def under_jitter(tokenizer: Any, batch: Batch) -> Tensor:

@@ -20,6 +20,7 @@ from mim.config import ConfigError
 from mim.contracts import Batch
 from mim.data import tokens
 from tokenizer.card import RED, verdict
+from tokenizer.quantize import images_of
 
 
 @torch.no_grad()
@@ -28,7 +29,7 @@ def write_targets(frozen: dict[str, Any], batch: Batch) -> None:
     if "teacher" in frozen:
         batch["targets"] = frozen["teacher"](batch["images"])  # (B, N, D')
     if "tokenizer" in frozen:
-        batch["codes"] = frozen["tokenizer"].encode(batch.get("tokenizer_images", batch["images"]))  # (B, N)
+        batch["codes"] = frozen["tokenizer"].encode(images_of(batch))  # (B, N)
 
 
 def tokenizer_path(section: dict[str, Any]) -> Path:
@@ -84,26 +85,24 @@ def has_tokenizer(section: dict[str, Any]) -> bool:
     return True
 
 
-def check_tokenizer(section: dict[str, Any] | None, cached: str | None = None) -> list[str]:
+def check_tokenizer(
+    section: dict[str, Any] | None, tokenizer: Any, cache: tokens.TokenCache | None = None
+) -> list[str]:
     """The verdict on a frozen tokenizer as a start line; a red one is refused, unless `tokenizer.force` is true.
 
-    cached: the token cache that stands in its place, and knows its score card.
+    tokenizer: what knows its `num_codes`; None where the recipe has none. cache: the codes that stand in its place.
     """
-    if section is None or not (cached or section.get("path")):
+    if section is None or tokenizer is None or not (cache or section.get("path")):
         return []
-    if cached is not None:
-        facts = tokens.TokenCache.open(cached).tokenizer
-        named, (colour, reason) = f"of {cached}", verdict(facts.card, facts.num_codes)
-    else:
-        folder = tokenizer_path(section)
-        named = str(folder)
-        colour, reason = verdict(tokenizers.score_card(folder), tokenizers.load(folder).num_codes)
+    named = f"in {tokenizer_path(section)}" if cache is None else f"of {cache.path}"
+    card = tokenizers.score_card(tokenizer_path(section)) if cache is None else cache.tokenizer.card
+    colour, reason = verdict(card, tokenizer.num_codes)
     if colour == RED and not section.get("force"):
         raise ConfigError(
-            f"the tokenizer {'' if cached else 'in '}{named} is red: {reason}; train a better one (`mim eval codebook "
+            f"the tokenizer {named} is red: {reason}; train a better one (`mim eval codebook "
             f"{section.get('path') or 'RUN'}` shows it), or set tokenizer.force=true"
         )
-    return [f"tokenizer {named} is {colour}: {reason}"]
+    return [f"tokenizer {named.removeprefix('in ')} is {colour}: {reason}"]
 
 
 class Deferred:

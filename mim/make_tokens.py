@@ -167,10 +167,10 @@ def prepare(recipe: str, overrides: list[str], out: Path, views: int | None) -> 
     accelerator = Accelerator(cpu=cfg.train.cpu or not torch.accelerator.is_available())
     with accelerator.main_process_first():
         dataset, _ = build.open_data(config.plain(cfg))
-    for line in frozen_networks.check_tokenizer(cfg.tokenizer):
-        say(line, main=accelerator.is_main_process)
     built = build.build(config.plain(cfg), dataset=dataset)
     tokenizer = built.frozen["tokenizer"].to(accelerator.device)
+    for line in frozen_networks.check_tokenizer(cfg.tokenizer, tokenizer):
+        say(line, main=accelerator.is_main_process)
     data, world, micro_batches = built.views.data, accelerator.num_processes, cfg.train.micro_batches
     rows = order.Plan(data.repeats, cfg.optim.batch_size, world=world, micro_batches=micro_batches).micro_size
     size = built.views.sizes[0]
@@ -261,7 +261,7 @@ def estimate(work: Work) -> TokensReport | None:
         return None
     total = len(work.dataset) * work.shape[0] * work.shape[1]
     seconds = total / rate / work.accelerator.num_processes
-    return work.planned(images_per_second=round(rate, 1), seconds=round(seconds, 1))
+    return work.planned(images_per_second=round(rate, 1), seconds=seconds)
 
 
 # ---- the folder ----------------------------------------------------------------------------------

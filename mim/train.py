@@ -137,8 +137,9 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
     read = cfg.init.run or cfg.teacher or (cfg.encoder or {}).get("init")  # other weights, which a dry run checks too
     with torch.device("meta") if dry_run and not read else contextlib.nullcontext():
         built = build.build(config.plain(cfg), dataset=dataset)
-    verdict = frozen_networks.check_tokenizer(built.sections.get("tokenizer"), cfg.tokens)
-    data = built.views.data
+    data, cache = built.views.data, built.views.cache
+    tokenizer = built.frozen.get("tokenizer") if cache is None else cache.tokenizer
+    verdict = frozen_networks.check_tokenizer(built.sections.get("tokenizer"), tokenizer, cache)
     sequence = mixture.order_of(dataset, seed=data.seed, lanes=data.lanes, window=data.window, repeats=data.repeats)
     journal = quarantine.Journal(mixture.bad_samples(dataset), dataset.counts, budget=data.bad_budget)
 

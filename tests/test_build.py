@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import tokenizer as tokenizers
 from mim import build, frozen_networks
 from mim.config import ConfigError
 
@@ -131,9 +132,9 @@ def test_a_red_tokenizer_is_refused_unless_forced(saved_tokenizer, tmp_path, usa
     section = {"recipe": "dvae", "path": str(tmp_path / "tokenizer"), "force": force}
     if refused:
         with pytest.raises(ConfigError, match=r"is red: 1% of the codes are used.*or set tokenizer.force=true"):
-            frozen_networks.check_tokenizer(section)
+            frozen_networks.check_tokenizer(section, tokenizers.load(section["path"]))
     else:
-        (line,) = frozen_networks.check_tokenizer(section)
+        (line,) = frozen_networks.check_tokenizer(section, tokenizers.load(section["path"]))
         assert (" is red: " if force else " is green: ") in line
 
 

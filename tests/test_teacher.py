@@ -131,6 +131,13 @@ def test_a_released_teacher_needs_its_weights(released):
     )
 
 
+@pytest.mark.parametrize("size", ["large", 0, [32], 32.5])
+def test_a_size_that_is_none_is_refused_by_its_own_key(released, size):
+    sections, _ = released
+    sections["teacher"]["image_size"] = size
+    assert refusal(sections) == f"teacher.image_size={size!r} must be one number of pixels or [height, width]"
+
+
 def test_weights_of_another_width_are_no_teacher(released):
     sections, _ = released
     sections["teacher"]["encoder"]["width"] = 64

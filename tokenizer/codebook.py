@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizer.quantize import uniform_noise
+from tokenizer.quantize import counted, uniform_noise
 
 CHUNK = 1 << 22  # distances that exist at a time
 NEVER = 2.0  # a key above all of [0, 1): of vectors that must not be drawn
@@ -98,11 +98,11 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def _collect(self, vectors: Tensor, ids: Tensor, noise: Tensor, weight: Tensor | None) -> None:
-        counted = torch.ones_like(noise, dtype=torch.float32) if weight is None else (weight != 0).float()  # (B,)
+        rows = counted(weight, vectors)  # (B,)
         if self._sums is None or self._counts is None:
             self._sums, self._counts = torch.zeros_like(self.sums), torch.zeros_like(self.sizes)
-        self._sums.index_add_(0, ids.flatten(), (vectors * counted[:, None, None]).flatten(0, 1))
-        self._counts.index_add_(0, ids.flatten(), counted[:, None].expand_as(ids).flatten())
+        self._sums.index_add_(0, ids.flatten(), (vectors * rows[:, None, None]).flatten(0, 1))
+        self._counts.index_add_(0, ids.flatten(), rows[:, None].expand_as(ids).flatten())
         if self.num_revived:
             drawn = draw(vectors, noise, weight, self.num_revived)
             self._spare = drawn if self._spare is None else merge([self._spare, drawn], self.num_revived)

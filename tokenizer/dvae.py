@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .quantize import gumbel_softmax
+from .quantize import grid_of, gumbel_softmax, images_of
 
 EPSILON = 0.1  # images are mapped to [EPSILON, 1 - EPSILON], where logits are finite (appendix A.3)
 LOGIT_GAIN = 8.0  # makes up for the contrast of photographs: their logits start with a standard deviation near 1
@@ -196,14 +196,7 @@ class DVAE(nn.Module):
 
     def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Codes per column and row of an image; ValueError when the size does not divide by the stride."""
-        h, w = image_size
-        if h % self.stride or w % self.stride:
-            nearest = [max(1, round(size / self.stride)) * self.stride for size in (h, w)]
-            raise ValueError(
-                f"an image of {h}x{w} pixels does not divide by the tokenizer's stride of {self.stride}; "
-                f"use {nearest[0]}x{nearest[1]}"
-            )
-        return h // self.stride, w // self.stride
+        return grid_of(image_size, self.stride)
 
     def encode(self, images: Tensor) -> Tensor:
         """The most likely code of each position: (B, C, H, W) in [0, 1] -> (B, N) int64, row-major."""
@@ -218,7 +211,7 @@ class DVAE(nn.Module):
 
         Dividing both terms by C * H * W leaves the KL of one code a weight of kl_weight / 192 at stride 8 (A.2).
         """
-        images = batch["tokenizer_images"] if "tokenizer_images" in batch else batch["images"]  # (B, C, H, W)
+        images = images_of(batch)  # (B, C, H, W)
         temperature = cosine(self.cfg.temperature_start, self.cfg.temperature_end, self.cfg.temperature_decay, progress)
         kl_weight = cosine(0.0, self.cfg.kl_weight, self.cfg.kl_warmup, progress)
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tokenizer import networks
+from tokenizer.quantize import counted
 from tokenizer.vectors import VectorTokenizer
 
 DECAY = 0.99  # of the averages, per step
@@ -80,9 +81,9 @@ class Grid(nn.Module):
         return rounded / (self.levels // 2), ids, torch.zeros_like(bounded[..., 0])
 
     def _collect(self, vectors: Tensor, weight: Tensor | None) -> None:
-        counted = torch.ones(len(vectors), device=vectors.device) if weight is None else (weight != 0).float()  # (B,)
-        kept = (vectors * counted[:, None, None]).flatten(0, 1)  # (B N, d)
-        total = (counted.sum() * vectors.shape[1])[None]
+        rows = counted(weight, vectors)  # (B,)
+        kept = (vectors * rows[:, None, None]).flatten(0, 1)  # (B N, d)
+        total = (rows.sum() * vectors.shape[1])[None]
         moments = torch.cat([total, kept.sum(dim=0), (kept.T @ kept).flatten()])
         self._moments = moments if self._moments is None else self._moments + moments
 
@@ -109,9 +110,8 @@ class Grid(nn.Module):
         self.mean.lerp_(first / count, rate)
         self.second.lerp_((products / count).view_as(self.second), rate)
         covariance = self.second - self.mean[:, None] * self.mean
-        floor = 1e-6 * covariance.diagonal().mean() * torch.eye(len(self.mean), device=covariance.device)
-        factor, _ = torch.linalg.cholesky_ex(covariance + floor)
-        eye = torch.eye(len(self.mean), device=factor.device)
+        eye = torch.eye(len(self.mean), device=covariance.device)
+        factor, _ = torch.linalg.cholesky_ex(covariance + 1e-6 * covariance.diagonal().mean() * eye)
         self.whitening.copy_(torch.linalg.solve_triangular(factor, eye, upper=False))
 
 

@@ -7,6 +7,7 @@ from the generator of the process, so a sample gets the same noise on any device
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,10 +64,32 @@ def gumbel_softmax(logits: Tensor, seeds: Tensor, temperature: Tensor) -> Tensor
     return ((logits.float() + gumbel) / temperature).softmax(dim=1)  # (B, V, h, w)
 
 
+def grid_of(image_size: tuple[int, int], stride: int) -> tuple[int, int]:
+    """Codes per column and row of an image; ValueError when the size does not divide by the stride."""
+    h, w = image_size
+    if h % stride or w % stride:
+        nearest = [max(1, round(size / stride)) * stride for size in (h, w)]
+        raise ValueError(
+            f"an image of {h}x{w} pixels does not divide by the tokenizer's stride of {stride}; "
+            f"use {nearest[0]}x{nearest[1]}"
+        )
+    return h // stride, w // stride
+
+
+def images_of(batch: dict[str, Any]) -> Tensor:
+    """The images (B, C, H, W) that a tokenizer sees of a batch: its own view, where there is one."""
+    return batch["tokenizer_images"] if "tokenizer_images" in batch else batch["images"]
+
+
+def counted(weight: Tensor | None, rows: Tensor) -> Tensor:
+    """1 for each of `rows` (B, ...) that counts and 0 for those of weight 0, which only pad: (B,) float32."""
+    return torch.ones(len(rows), device=rows.device) if weight is None else (weight != 0).float()
+
+
 def code_counts(codes: Tensor, num_codes: int, weight: Tensor | None = None) -> Tensor:
     """How often each code occurs, int64 (V,); rows whose `weight` (B,) is 0 are left out. codes (B, N) int64."""
     counts = torch.zeros(num_codes, dtype=torch.int64, device=codes.device)
-    ones = torch.ones_like(codes) if weight is None else (weight != 0).long()[:, None].expand_as(codes)
+    ones = torch.ones_like(codes) if weight is None else counted(weight, codes).long()[:, None].expand_as(codes)
     # Not `bincount`: on CUDA it waits for the host to learn the largest code.
     return counts.index_add_(0, codes.flatten(), ones.flatten())
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tokenizer import networks
 from tokenizer.codebook import NEVER, draw, gather_drawn, merge
+from tokenizer.quantize import counted, grid_of, images_of
 
 START_VECTORS = 16  # per code
 
@@ -45,14 +46,7 @@ class VectorTokenizer(nn.Module):
 
     def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Codes per column and row of an image; ValueError when the size does not divide by the stride."""
-        h, w = image_size
-        if h % self.stride or w % self.stride:
-            nearest = [max(1, round(size / self.stride)) * self.stride for size in (h, w)]
-            raise ValueError(
-                f"an image of {h}x{w} pixels does not divide by the tokenizer's stride of {self.stride}; "
-                f"use {nearest[0]}x{nearest[1]}"
-            )
-        return h // self.stride, w // self.stride
+        return grid_of(image_size, self.stride)
 
     def encode(self, images: Tensor) -> Tensor:
         """(B, C, H, W) in [0, 1] -> codes (B, N) int64, row-major."""
@@ -70,7 +64,7 @@ class VectorTokenizer(nn.Module):
 
     def loss(self, batch: dict[str, Any], progress: Tensor) -> dict[str, Tensor]:
         """Misfit (B,) of what is decoded, plus the commitment: squared error of pixels, or 1 - cosine of features."""
-        images = batch["tokenizer_images"] if "tokenizer_images" in batch else batch["images"]  # (B, C, H, W)
+        images = images_of(batch)  # (B, C, H, W)
         grid = self.grid((images.shape[-2], images.shape[-1]))
         vectors, codes, commitment = self.quantizer(self.encoder(images), batch["noise"], batch.get("weight"))
         decoded = self.decoder(vectors, grid).float()  # (B, C, H, W) or (B, N, D')
@@ -107,7 +101,7 @@ class VectorTokenizer(nn.Module):
         drawn, last, per_step = None, None, 0
         sums = torch.zeros(self.target_width + 1, dtype=torch.float64, device=next(self.parameters()).device)
         for batch in batches:
-            images = batch["tokenizer_images"] if "tokenizer_images" in batch else batch["images"]
+            images = images_of(batch)
             h, w = self.grid((images.shape[-2], images.shape[-1]))
             if batch["position"] != last and last is not None and last * h * w >= wanted:
                 break
@@ -116,7 +110,7 @@ class VectorTokenizer(nn.Module):
             share = draw(self.encoder(images), batch["noise"], batch.get("weight"), wanted)
             drawn = share if drawn is None else merge([drawn, share], wanted)
             if self.target == "features":
-                weight = batch.get("weight", torch.ones(len(images), device=images.device))
+                weight = counted(batch.get("weight"), images)
                 sums += torch.cat(
                     [(batch["targets"].double().mean(dim=1) * weight[:, None]).sum(dim=0), weight.sum()[None]]
                 )

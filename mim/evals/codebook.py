@@ -22,7 +22,7 @@ from mim.data.mixture import AnyDataset
 from mim.features import Split, ridge_accuracy
 from mim.log import say
 from tokenizer.card import verdict
-from tokenizer.quantize import code_counts, dead, perplexity, usage
+from tokenizer.quantize import code_counts, dead, images_of, perplexity, usage
 
 
 @dataclass
@@ -41,15 +41,19 @@ def run(loaded: LoadedRun, cfg: Config) -> NamedValues:
     train, val = build.open_data(loaded.config)
     held_out = val if val is not None else train
 
-    def look_at(dataset: AnyDataset, limit: int | None) -> Iterator[Batch]:
-        return codes.batches(loaded, dataset, tokenizer, batch_size=cfg.batch_size, limit=limit)
+    device = next(tokenizer.parameters()).device
+
+    def look_at(dataset: AnyDataset, limit: int | None, **others: Any) -> Iterator[Batch]:
+        frozen = {**others, "tokenizer": tokenizer}
+        return codes.batches(loaded, dataset, frozen, batch_size=cfg.batch_size, limit=limit, device=device)
 
     if loaded.encoder is not None:
         yield from _prediction(loaded, tokenizer, look_at(held_out, cfg.val_limit), look_at(train, cfg.train_limit))
         return
-    card = dict(_card(tokenizer, look_at(held_out, cfg.val_limit)))
+    card, bags = _card(tokenizer, look_at(held_out, cfg.val_limit, **loaded.frozen))
     if held_out.classes is not None and val is not None:
-        card["probe"] = _probe(tokenizer, look_at(train, cfg.train_limit), look_at(val, cfg.val_limit))
+        seen = [_bag(tokenizer, batch) for batch in look_at(train, cfg.train_limit)]
+        card["probe"] = ridge_accuracy(_split(seen), _split(bags), strengths=[1e-2, 1e-1, 1.0, 10.0])
     yield from card.items()
     colour, reason = verdict(card, tokenizer.num_codes)
     say(f"tokenizer is {colour}: {reason}")
@@ -57,11 +61,16 @@ def run(loaded: LoadedRun, cfg: Config) -> NamedValues:
         yield from codes.pictures(tokenizer, look_at(held_out, min(cfg.val_limit or 512, 512)))
 
 
-def _card(tokenizer: Any, batches: Iterator[Batch]) -> NamedValues:
+Bag = tuple[Tensor, Tensor | None]  # which codes the images of a batch have (B, V), wherever they are; labels (B,)
+
+
+def _card(tokenizer: Any, batches: Iterator[Batch]) -> tuple[dict[str, float], list[Bag]]:
+    """The numbers of the card but the probe's, and what that one looks at."""
+    bags: list[Bag] = []
     counts = torch.zeros(tokenizer.num_codes, dtype=torch.int64)
     parts_of: dict[str, list[Tensor]] = {}
     for batch in batches:
-        images = codes.images_of(batch)
+        images = images_of(batch)
         grid = tokenizer.grid((images.shape[-2], images.shape[-1]))
         values = {
             **codes.misfit(tokenizer, batch, grid),
@@ -73,23 +82,25 @@ def _card(tokenizer: Any, batches: Iterator[Batch]) -> NamedValues:
         for name, value in values.items():
             parts_of.setdefault(name, []).append(value.double().cpu())
         counts += code_counts(batch["codes"], tokenizer.num_codes).cpu()
-    yield "usage", float(usage(counts))
-    yield "perplexity", float(perplexity(counts))
-    yield "dead", float(dead(counts))
-    yield "surprise", float(1 - counts.max() / counts.sum())
-    for name, parts in parts_of.items():
-        yield name, float(torch.cat(parts).mean())
+        bags.append(_bag(tokenizer, batch))
+    card = {
+        "usage": usage(counts),
+        "perplexity": perplexity(counts),
+        "dead": dead(counts),
+        "surprise": 1 - counts.max() / counts.sum(),
+        **{name: torch.cat(parts).mean() for name, parts in parts_of.items()},
+    }
+    return {name: float(value) for name, value in card.items()}, bags
 
 
-def _probe(tokenizer: Any, train: Iterator[Batch], val: Iterator[Batch]) -> float:
-    """Accuracy of a linear probe on which codes an image has, wherever they are."""
+def _bag(tokenizer: Any, batch: Batch) -> Bag:
+    labels = batch.get("labels")
+    return codes.histogram(batch["codes"], tokenizer.num_codes).cpu(), labels.cpu() if labels is not None else None
 
-    def split(batches: Iterator[Batch]) -> Split:
-        found = [(codes.histogram(b["codes"], tokenizer.num_codes).cpu(), b["labels"].cpu()) for b in batches]
-        x, y = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return Split(x[y >= 0], y[y >= 0])
 
-    return ridge_accuracy(split(train), split(val), strengths=[1e-2, 1e-1, 1.0, 10.0])
+def _split(bags: list[Bag]) -> Split:
+    x, y = torch.cat([counts for counts, _ in bags]), torch.cat([labels for _, labels in bags if labels is not None])
+    return Split(x[y >= 0], y[y >= 0])
 
 
 def _prediction(loaded: LoadedRun, tokenizer: Any, val: Iterator[Batch], train: Iterator[Batch]) -> NamedValues:
