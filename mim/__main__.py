@@ -15,12 +15,9 @@ from typing import Any
 import click
 
 from mim import __version__
-from mim.shard_commands import shards
+from mim.shard_commands import plugin_option, shards
 from mim.token_commands import tokens
 
-plugin_option = click.option(
-    "--plugin", "plugins", multiple=True, metavar="PKG", help="Package whose code a dotted name may import; repeatable."
-)
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 
@@ -132,7 +129,7 @@ def bench_data(
     cfg = config.typed(Config, config.read(recipe, overrides))
     sections = config.plain(cfg)
     dataset, _ = build.open_data(sections)
-    trained = bool((sections.get("tokenizer") or {}).get("path"))
+    trained = bool((sections.get("tokenizer") or {}).get("path") or sections.get("tokens"))
     # Sizes and mask are wanted, not the networks.
     with config.plugins(plugins), contextlib.nullcontext() if trained else torch.device("meta"):
         views = build.build(sections, dataset=dataset, load_frozen=trained).views
@@ -143,7 +140,7 @@ def bench_data(
         dataset,
         order=mixture.order_of(dataset, seed=data.seed, lanes=data.lanes, window=data.window, repeats=data.repeats),
         view=views.train,
-        sizes=views.sizes,
+        sizes=views.train_sizes,
         mask=views.mask,
         channels=data.channels,
         batch_size=min(cfg.optim.batch_size, 256),

@@ -9,6 +9,10 @@ from typing import Any
 
 import click
 
+plugin_option = click.option(
+    "--plugin", "plugins", multiple=True, metavar="PKG", help="Package whose code a dotted name may import; repeatable."
+)
+
 
 @click.group()
 def shards() -> None:

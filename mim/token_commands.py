@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mim.shard_commands import tell
+from mim.shard_commands import plugin_option, tell
 
 
 @click.group()
@@ -28,6 +28,7 @@ def tokens() -> None:
 @click.option("--part", help="i/n: only every n-th shard, from the i-th; then `mim tokens join OUT`.")
 @click.option("--dry-run", is_flag=True, help="Print the size and an estimate of the time, and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@plugin_option
 def tokens_make(
     recipe: str,
     overrides: tuple[str, ...],
@@ -36,6 +37,7 @@ def tokens_make(
     part: str | None,
     dry_run: bool,
     as_json: bool,
+    plugins: tuple[str, ...],
 ) -> None:
     """Write the codes that RECIPE's tokenizer gives K views of every training image to OUT.
 
@@ -50,10 +52,12 @@ def tokens_make(
       mim tokens make beit_vitb16_in1k --views 10 --out tokens/in1k --part 3/8
       torchrun --nproc_per_node 8 -m mim tokens make beit_vitb16_in1k --views 10 --out tokens/in1k
     """
+    from mim import config
     from mim.data.parts import parse_part
     from mim.make_tokens import make
 
-    report = make(recipe, list(overrides), out, views=views, part=parse_part(part), dry_run=dry_run)
+    with config.plugins(plugins):
+        report = make(recipe, list(overrides), out, views=views, part=parse_part(part), dry_run=dry_run)
     if report is not None:  # one process tells
         tell(report, as_json)
 

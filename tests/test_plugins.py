@@ -70,6 +70,13 @@ def test_the_page_s_objective_is_trained_evaluated_and_exported(mim, trained, pa
     assert json.loads(out)["max_difference"] == 0.0
 
 
+def test_the_maker_of_a_token_cache_imports_a_plug_in_that_the_command_names(mim, package, shards):
+    (package / "rotation.yaml").write_text(block("yaml") + f"tokenizer: {{path: {package / 'none'}}}\n")
+    command = ["tokens", "make", package / "rotation.yaml", f"data.path={shards}", "--out", package / "tokens"]
+    assert "add --plugin mypackage" in mim(*command, "--views", "2")[2]
+    assert "holds no trained tokenizer" in mim(*command, "--views", "2", "--plugin", "mypackage")[2]
+
+
 def test_a_run_of_a_plug_in_says_so_when_it_is_opened_without_the_flag(mim, trained, package):
     for name in [name for name in sys.modules if name.startswith("mypackage")]:
         del sys.modules[name]

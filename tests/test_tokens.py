@@ -6,13 +6,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 import tokenizer as tokenizers
 from mim import build, make_tokens, plan, train
+from mim.__main__ import cli
 from mim.config import ConfigError, to_yaml
 from mim.contracts import DataError
 from mim.data import augment, stream
@@ -478,3 +481,13 @@ def test_views_of_a_sample_are_decoded_once_and_a_substitute_serves_only_its_own
     others = [Place(0, 2, 2), Place(0, 3, 3), Place(0, 4, 4), Place(0, 2, 2)]
     bad = renderer.render(Slots(epoch, zero, zero + 1, zero + 1, zero), 4, 4, lambda row, attempt: others[row])
     assert bad["samples"] == [2, 3, 4, 2]
+
+
+def test_the_loader_of_a_cached_run_is_measured_without_the_tokenizer_s_images(recipe, cache, monkeypatch):
+    measured = {}
+    found = SimpleNamespace(json=dict)
+    monkeypatch.setattr("mim.data.diagnosis.measure", lambda dataset, **options: measured.update(options) or found)
+    for override, sizes in ((f"tokens={cache}", [(16, 16)]), ("tokens=null", [(16, 16), (32, 32)])):
+        command = ["bench", "data", recipe, override, "--json"]
+        assert CliRunner().invoke(cli, command, catch_exceptions=False).exit_code == 0
+        assert measured["sizes"] == sizes
