@@ -486,7 +486,7 @@ def test_views_of_a_sample_are_decoded_once_and_a_substitute_serves_only_its_own
 def test_the_loader_of_a_cached_run_is_measured_without_the_tokenizer_s_images(recipe, cache, monkeypatch):
     measured = {}
     found = SimpleNamespace(json=dict)
-    monkeypatch.setattr("mim.data.diagnosis.measure", lambda dataset, **options: measured.update(options) or found)
+    monkeypatch.setattr("mim.data.diagnosis.measure", lambda _, **options: measured.update(options) or found)
     for override, sizes in ((f"tokens={cache}", [(16, 16)]), ("tokens=null", [(16, 16), (32, 32)])):
         command = ["bench", "data", recipe, override, "--json"]
         assert CliRunner().invoke(cli, command, catch_exceptions=False).exit_code == 0
