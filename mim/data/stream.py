@@ -335,14 +335,17 @@ def evaluate(
     channels: int = 3,
     seed: int = 0,
     limit: int | None = None,
+    rank: int = 0,
+    world: int = 1,
     workers: int = 0,
     pin_memory: bool = False,
     timeout: float = TIMEOUT,
 ) -> torch_data.DataLoader[Batch]:
     """Return every sample once, in the order of the lock; with `limit` a random subset of it, the same each time.
 
-    The last batch may be shorter. Draws are named by the sample alone, so two evaluations see the same pixels. Samples
-    in the quarantine are left out, and said so; one that is found bad here is DataError.
+    The last batch may be shorter. Of several ranks each gets every `world`-th batch: a batch is the same on any number.
+    Draws are named by the sample alone, so two evaluations see the same pixels. Samples in the quarantine are left out,
+    and said so; one that is found bad here is DataError.
     """
     samples = np.arange(len(dataset))
     if limit is not None and limit < len(dataset):
@@ -351,7 +354,7 @@ def evaluate(
     if bad.any():
         say(f"{dataset.path}: {bad.sum()} of {len(samples)} samples stand in the quarantine and are left out")
         samples = samples[~bad]
-    chunks = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
+    chunks = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)][rank::world]
     evaluation = Evaluation(Renderer(dataset, view, sizes, mask, channels, seed))
     return in_order(evaluation, chunks, workers, pin_memory, timeout and max(timeout, dataset.longest_read()))
 
