@@ -174,6 +174,28 @@ class Progress:
         self.bar.close()
 
 
+class Pace:
+    """A line now and then about work that takes long: how much is done, how fast it goes, how long it will take."""
+
+    EVERY = 15.0  # seconds
+
+    def __init__(self, title: str, total: int, *, main: bool = True, unit: str = "images") -> None:
+        self.title, self.total, self.main, self.unit = title, total, main, unit
+        self.done = 0
+        self.began = self._told = time.monotonic()
+
+    def advance(self, count: int) -> None:
+        """Count what was done."""
+        self.done = min(self.done + count, self.total)
+        now = time.monotonic()
+        if now - self._told < self.EVERY:
+            return
+        self._told = now
+        rate = self.done / (now - self.began)
+        left = clock((self.total - self.done) / rate)
+        say(f"{self.title}: {self.done}/{self.total} {self.unit}, {rate:.1f} a second, left {left}", main=self.main)
+
+
 def clock(seconds: float) -> str:
     """Seconds as 1:02:03 or 2:03."""
     minutes, rest = divmod(round(seconds), 60)
