@@ -16,6 +16,7 @@ LEVELS = [
     {"mim.weight_files"},
     {"mim.weights", "mim.classifying_teacher"},
     {"mim.build", "mim.released_tokenizers"},
+    {"mim.bank"},
     {"mim.features", "mim.experiment", "mim.footprint"},
     {"mim.codes"},
     {"mim.evals", "mim.exports", "mim.report"},
