@@ -110,6 +110,13 @@ def test_a_value_without_rows_is_logged_as_it_was_last():
     assert averages.read(alone)["usage"] == pytest.approx(0.7)
 
 
+def test_an_interval_in_which_no_row_counts_has_means_of_zero():
+    averages = Averages()
+    averages.add({"loss": torch.zeros(2)}, torch.zeros(2))
+    averages.add_step({"grad_norm": torch.tensor(1.0)}, ranks=1)
+    assert averages.read(alone) == {"loss": 0.0, "grad_norm": 1.0}
+
+
 def test_the_loss_is_shown_first():
     averages = Averages()
     averages.add({"accuracy": torch.ones(2), "loss": torch.ones(2)}, torch.ones(2))

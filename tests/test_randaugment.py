@@ -73,6 +73,13 @@ def test_other_images_than_8_bit_ones_of_1_or_3_channels_are_refused(channels, d
         changed(picture(channels).to(dtype), 0)
 
 
+def test_a_recipe_for_other_images_is_refused_with_the_view_to_take(recipe):
+    sections = recipe("classify")
+    sections["data"] |= {"view": {"name": "rand_augment_crop"}, "channels": 4}
+    with pytest.raises(ConfigError, match="takes 8-bit images of 1 or 3 channels, not 4 of uint8; use crop"):
+        build.build(sections)
+
+
 @pytest.mark.parametrize("policy", ["augmix-m5", "rand-q9", "m9"])
 def test_an_unknown_policy_is_refused_before_any_worker_starts(recipe, policy):
     sections = recipe("classify")

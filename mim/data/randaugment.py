@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image as Pillow
-from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 
 from mim.config import ConfigError
@@ -57,6 +56,8 @@ def seeded(seed: int) -> Iterator[None]:
 @functools.lru_cache(maxsize=16)
 def transform_of(policy: str, fill: tuple[int, ...], size: int) -> Any:
     """timm's transform with the arguments of its training script; `size` is the shorter side. Raises ConfigError."""
+    from timm.data.auto_augment import rand_augment_transform  # slow to import, and the data tools need no timm
+
     options = {
         "translate_const": int(size * 0.45),
         "img_mean": fill if len(fill) > 1 else fill[0],
