@@ -73,8 +73,8 @@ def build(
     """Build everything that a recipe names.
 
     `dataset` supplies the pixel statistics that the recipe leaves open. With `load_frozen=False` a frozen tokenizer
-    or teacher is built from its own recipe with fresh weights instead of from its run (recipe tests). What `trains` not
-    needs no teacher that classifies.
+    or teacher is built from its own recipe with fresh weights instead of from its run (recipe tests). With
+    `trains=False` a teacher that classifies is left out: only training asks it.
     """
     try:
         return _build(sections, dataset, load_frozen, trains)
