@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 import tokenizer as tokenizers
-from mim import checkpoint, config, frozen_networks, weights
+from mim import checkpoint, classifying_teacher, config, frozen_networks, weights
 from mim.config import ConfigError
 from mim.contracts import DataError, LoadedRun
-from mim.data import make, shards, stream, tokens
+from mim.data import make, randaugment, shards, stream, tokens
 from mim.data.location import redact
 from mim.data.mixture import AnyDataset, Mixture
 from mim.log import say
@@ -67,24 +67,29 @@ class Built:
         )
 
 
-def build(sections: Sections, *, dataset: AnyDataset | None = None, load_frozen: bool = True) -> Built:
+def build(
+    sections: Sections, *, dataset: AnyDataset | None = None, load_frozen: bool = True, trains: bool = True
+) -> Built:
     """Build everything that a recipe names.
 
     `dataset` supplies the pixel statistics that the recipe leaves open. With `load_frozen=False` a frozen tokenizer
-    or teacher is built from its own recipe with fresh weights instead of from its run (recipe tests).
+    or teacher is built from its own recipe with fresh weights instead of from its run (recipe tests). With
+    `trains=False` a teacher that classifies is left out: only training asks it.
     """
     try:
-        return _build(sections, dataset, load_frozen)
+        return _build(sections, dataset, load_frozen, trains)
     except (ConfigError, DataError):
         raise
     except (ValueError, RuntimeError) as error:  # what a component says about its own numbers
         raise ConfigError(str(error)) from error
 
 
-def _build(sections: Sections, dataset: AnyDataset | None, load_frozen: bool) -> Built:
+def _build(sections: Sections, dataset: AnyDataset | None, load_frozen: bool, trains: bool) -> Built:
     data = config.typed(stream.Config, sections["data"], "data")
     size = image_size(data)
     objective_module, objective_cfg = config.component("mim.objectives", sections.get("objective"), "objective")
+    if hasattr(objective_cfg, "num_classes"):
+        objective_cfg.num_classes = num_classes(objective_cfg.num_classes, dataset)
     resolved = {**sections, "data": config.plain(data)}
     resolved["objective"] = {"name": sections["objective"]["name"], **config.plain(objective_cfg)}
 
@@ -114,7 +119,11 @@ def _build(sections: Sections, dataset: AnyDataset | None, load_frozen: bool) ->
                 resolved["tokenizer"] = {**sections["tokenizer"], "path": folder}
             known = cache.tokenizer if cache is not None else frozen["tokenizer"]
             sizes.append(_tokenizer_size(sections["tokenizer"], known, encoder.grid(size)))
-    if sections.get("teacher") is not None:
+    objective = objective_module.build(inner, objective_cfg)
+    distils = "teacher_logits" in objective.reads
+    if distils and trains:
+        frozen["teacher"], resolved["teacher"] = _classifier(sections.get("teacher"), load_frozen, data.channels)
+    elif sections.get("teacher") is not None and not distils:
         frozen["teacher"], resolved["teacher"] = _frozen_teacher(sections["teacher"], load_frozen, data.channels)
         theirs, ours = frozen["teacher"].grid, inner.grid(size)
         if theirs != ours:
@@ -122,7 +131,6 @@ def _build(sections: Sections, dataset: AnyDataset | None, load_frozen: bool) ->
                 f"the teacher sees {theirs[0]}x{theirs[1]} patches of an image, but the tokenizer makes "
                 f"{ours[0]}x{ours[1]} codes; choose data.image_size and tokenizer.stride so that they agree"
             )
-    objective = objective_module.build(inner, objective_cfg)
     objective.per_micro_batch |= normalises_batches(objective)
     _check_agreement(objective, sections, frozen if cache is None else {**frozen, "tokenizer": cache.tokenizer})
 
@@ -154,11 +162,14 @@ def _check_views(data: stream.Config, dataset: AnyDataset | None) -> None:
     if data.jitter and data.channels != 3:
         raise ConfigError(f"data.jitter={data.jitter} changes colours, but data.channels={data.channels}; use jitter=0")
     dtype = dataset.dtype if dataset is not None else "uint8"
+    if "policy" in data.view:
+        randaugment.transform_of(data.view["policy"], (0, 0, 0), 1)  # refused here, not in a worker
     for key, view in (("view", data.view), ("eval_view", data.eval_view)):
-        if view["name"].startswith("gray_") and (data.channels not in (1, 3) or dtype != "uint8"):
+        limited = view["name"].startswith(("gray_", "rand_"))
+        if limited and (data.channels not in (1, 3) or dtype != "uint8"):
             raise ConfigError(
                 f"data.{key}.name={view['name']} takes 8-bit images of 1 or 3 channels, not {data.channels} of "
-                f"{dtype}; use {view['name'].removeprefix('gray_')}"
+                f"{dtype}; use {view['name'].removeprefix('gray_').removeprefix('rand_augment_')}"
             )
 
 
@@ -194,6 +205,29 @@ def statistics(channels: int, dataset: AnyDataset | None) -> tuple[list[float], 
     if channels == 1 and dataset.gray is not None:
         return [dataset.gray["mean"]], [dataset.gray["std"]]
     return [float(np.mean(dataset.mean))] * channels, [float(np.mean(dataset.std))] * channels
+
+
+def num_classes(stated: int | None, dataset: AnyDataset | None) -> int:
+    """The classes of an objective: as its recipe states them, or the dataset's; the two must agree."""
+    if dataset is None:
+        if stated is None:
+            raise ConfigError(
+                "objective.num_classes is missing: without its dataset a recipe must state it, e.g. "
+                "objective.num_classes=1000"
+            )
+        return stated
+    if dataset.classes is None:
+        raise ConfigError(
+            f"{dataset.path} has no labels; make its shards with `mim shards make --labels-from-folders`, or set "
+            f"data.labels_from_folders=true for an image folder"
+        )
+    found = len(dataset.classes)
+    if stated not in (None, found):
+        raise ConfigError(
+            f"objective.num_classes={stated}, but {dataset.path} has {found}; set objective.num_classes={found}, or "
+            f"leave it out"
+        )
+    return found
 
 
 def open_data(sections: Sections) -> tuple[AnyDataset, shards.Dataset | None]:
@@ -282,7 +316,7 @@ def load_run(path: Path | str, *, step: int | None = None, report: Callable[[str
         raise ConfigError(f"{run} has no checkpoint{'' if step is None else f' of step {step}'}; steps it has: {known}")
     if saved.get("tokens") is not None and frozen_networks.has_tokenizer(saved["tokenizer"]):
         saved = {**saved, "tokens": None}  # a cache serves training alone: a run is read without it
-    built = build(saved)
+    built = build(saved, trains=False)
     model = built.objective
     state = {f"model.{name}": value for name, value in model.state_dict().items()}
     if saved["optim"].get("ema") is not None:
@@ -430,6 +464,33 @@ def _released_teacher(
     return frozen_networks.Teacher(encoder, size).eval().requires_grad_(False), resolved
 
 
+def _classifier(
+    section: dict[str, Any] | None, load: bool, channels: int
+) -> tuple[classifying_teacher.Classifier, dict[str, Any]]:
+    """A teacher that classifies, and its section with the identity of the weights that were read."""
+    if section is None:
+        raise ConfigError(
+            "objective.distill needs a teacher; add teacher: {path: RUN} of objective.name=classify, or teacher: "
+            "{model: regnety_160.deit_in1k, pretrained: true}"
+        )
+    if section.get("model") is not None:
+        return classifying_teacher.of_timm(section, load=load, channels=channels)
+    known = ("recipe", "path", "step")
+    if unknown := set(section) - {*known, "experiment"}:
+        raise ConfigError(
+            f"teacher.{min(unknown)} is not a known key; known here: {', '.join((*known, *classifying_teacher.KEYS))}"
+        )
+    if not load:
+        built = build(config.read(section["recipe"]), load_frozen=False, trains=False)
+        size = image_size(built.views.data)
+        return classifying_teacher.of_objective(built.objective, size, section["recipe"]), section
+    path = frozen_networks.teacher_path(section)
+    run = load_run(path, step=section.get("step"))
+    found = {"path": str(path.absolute()), "step": run.step, "experiment": config.digest(run.config["experiment"])}
+    teacher = classifying_teacher.of_objective(run.objective, image_size(run.views.data), str(path))
+    return teacher, {**section, **found}
+
+
 def _tokenizer_size(section: dict[str, Any], tokenizer: Any, grid: tuple[int, int]) -> tuple[int, int]:
     """The image size at which the tokenizer's grid equals the patch grid; a size that the recipe states must fit."""
     fitting = grid[0] * tokenizer.stride, grid[1] * tokenizer.stride
@@ -466,6 +527,18 @@ def _check_agreement(objective: Any, sections: Sections, frozen: dict[str, Any])
             raise ConfigError(
                 f"objective.num_codes={objective.num_codes}, but the tokenizer has {theirs} codes; "
                 f"set objective.num_codes={theirs}"
+            )
+    if "teacher" in frozen and not {"targets", "teacher_logits"} & set(objective.reads):
+        raise ConfigError(
+            f"there is a teacher, but objective.name={name} reads nothing of it; "
+            + ("set objective.distill.kind=hard, or teacher=null" if name == "classify" else "set teacher=null")
+        )
+    if "teacher_logits" in objective.reads and "teacher" in frozen:
+        theirs, ours = frozen["teacher"].num_classes, objective.num_classes
+        if theirs != ours:
+            raise ConfigError(
+                f"the teacher knows {theirs} classes, but objective.num_classes={ours}; choose a teacher of the same "
+                f"classes in the same order"
             )
     if "targets" in objective.reads:
         if "teacher" not in frozen:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import random
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
@@ -26,7 +28,7 @@ from mim import __version__, build, checkpoint, config, experiment, frozen_netwo
 from mim.config import ConfigError
 from mim.contracts import Batch, DataError, LoadedRun
 from mim.data import mixture, quarantine, shuffle, stages, stream
-from mim.log import Averages, Progress, RunLog, say, write_json
+from mim.log import Averages, Progress, RunLog, heard, say, write_json
 from mim.schedules import to_steps
 
 
@@ -74,7 +76,7 @@ class Config:
     mask: dict[str, Any] | None = None
     tokenizer: dict[str, Any] | None = None
     tokens: str | None = None  # token cache (mim tokens make): the codes without running the tokenizer
-    teacher: dict[str, Any] | None = None  # frozen encoder whose features a tokenizer learns: {recipe: NAME, path: RUN}
+    teacher: dict[str, Any] | None = None  # frozen network whose features or decisions are learned: {path: RUN}
     init: Init = field(default_factory=Init)
     train: Machine = field(default_factory=Machine)
     evals: dict[str, Any] = field(default_factory=dict)  # NAME: {every: "10 epochs", option: value}
@@ -324,8 +326,10 @@ def loader(job: Job, start: int) -> Any:
 
 
 def on_device(job: Job, batch: Batch) -> Batch:
-    """A batch on the device, with what the frozen networks write into it."""
+    """A batch on the device as the objective wants it, with what the frozen networks write into it."""
     batch = stream.to_device(batch, job.accelerator.device)
+    if hasattr(job.objective, "prepare"):
+        batch = job.objective.prepare(batch)
     frozen_networks.write_targets(job.built.frozen, batch)
     return batch
 
@@ -338,9 +342,15 @@ def num_workers(asked: int | None) -> int:
 
 
 def seed_draws(seed: int, step: int, rank: int, micro: int) -> None:
-    """Seed the default generators, from which drop path and dropout draw, by name: resume needs no generator state."""
+    """Seed the default generators of torch, numpy and python by name: resume needs no generator state.
+
+    Drop path, dropout, erasing and mixing draw from them.
+    """
     name = f"draws/{seed}/{step}/{rank}/{micro}".encode()
-    torch.manual_seed(int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "big"))
+    number = int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "big")
+    torch.manual_seed(number)
+    np.random.seed(number % 2**32)
+    random.seed(number)
 
 
 # ---- update --------------------------------------------------------------------------------------
@@ -409,32 +419,37 @@ def eval_section(name: str, section: Any) -> dict[str, Any]:
 
 
 def look(job: Job, name: str, step: int, log: RunLog | None) -> None:
-    """Run one evaluation on the main rank, with averaged weights if there are any, and log what it yields."""
-    if job.accelerator.is_main_process:
-        module, cfg = config.component("mim.evals", eval_section(name, job.cfg.evals[name]), f"evals.{name}")
-        with averaged(job) as objective:
-            loaded = LoadedRun(
-                objective, objective.encoder, job.built.at_hand, job.built.views, job.built.sections, step, job.run
-            )
-            numbers, pictures = record(module.run(loaded, cfg), job.run / "pictures", step)
-        shown = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())
-        say(f"step {step}/{job.rates.total_steps}  {name}: {shown or ', '.join(pictures.values())}")
-        job.accelerator.log({f"{name}/{key}": value for key, value in numbers.items()}, step=step)
-        if log is not None:
-            log.write("eval", step, eval=name, **numbers, **pictures)
-        if name == "codebook":
-            job.card = numbers
-    job.accelerator.wait_for_everyone()
+    """Run one evaluation on all ranks, with averaged weights if there are any; the main rank logs what it yields.
+
+    An evaluation that deals its work out (mim/ranks.py) is shared; any other is computed by every rank alike, which
+    takes no longer than by one. None of them waits for another longer than their shares differ.
+    """
+    main_rank = job.accelerator.is_main_process
+    module, cfg = config.component("mim.evals", eval_section(name, job.cfg.evals[name]), f"evals.{name}")
+    ranks.share_buffers(job.objective)
+    with averaged(job) as objective, heard(main_rank):
+        loaded = LoadedRun(
+            objective, objective.encoder, job.built.at_hand, job.built.views, job.built.sections, step, job.run
+        )
+        numbers, pictures = record(module.run(loaded, cfg), job.run / "pictures", step, main=main_rank)
+    if name == "codebook":
+        job.card = numbers
+    shown = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())
+    say(f"step {step}/{job.rates.total_steps}  {name}: {shown or ', '.join(pictures.values())}", main=main_rank)
+    job.accelerator.log({f"{name}/{key}": value for key, value in numbers.items()}, step=step)
+    if log is not None:
+        log.write("eval", step, eval=name, **numbers, **pictures)
 
 
-def record(values: Any, folder: Path, step: int) -> tuple[dict[str, float], dict[str, str]]:
-    """Split what an evaluation yields into numbers and pictures; pictures are written as PNG."""
+def record(values: Any, folder: Path, step: int, *, main: bool = True) -> tuple[dict[str, float], dict[str, str]]:
+    """Split what an evaluation yields into numbers and pictures; the main rank writes pictures as PNG."""
     numbers, pictures = {}, {}
     for key, value in values:
         if hasattr(value, "save"):
-            folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"{key}-{step:08d}.png"
-            value.save(path)
+            if main:
+                folder.mkdir(parents=True, exist_ok=True)
+                value.save(path)
             pictures[key] = str(path)
         else:
             numbers[key] = float(value)

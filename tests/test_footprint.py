@@ -48,6 +48,16 @@ def test_an_encoder_that_drops_patches_does_the_operations_of_the_visible_ones(m
     }  # fmt: skip
 
 
+def test_no_gradient_goes_through_a_frozen_encoder(recipe):
+    sections = recipe("classify")
+    sections["objective"]["frozen"] = True
+    found = footprint.measure(meta(sections), rows=4, micro_batches=1, precision="no", average=True)
+    part = found.parts["encoder"]
+    assert (part.forward, part.backward, part.trained) == (encoder_flops(PATCHES + 1)[0], 0, 0)
+    assert found.parts["decoder / head"].backward > 0
+    assert found.weights["gradients"] == found.weights["average"] == (3 * WIDTH + 3) * 4
+
+
 def test_the_operations_of_an_image_do_not_depend_on_the_batch(measured):
     for objective in ("mae", "beit", "tokenize"):
         few, many = measured(objective), measured(objective, rows=12, micro_batches=3)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from mim.log import Averages, Progress, RunLog, clock, write_json
+from mim.log import Averages, Progress, RunLog, clock, heard, say, write_json
 
 
 def alone(value):
@@ -110,6 +110,13 @@ def test_a_value_without_rows_is_logged_as_it_was_last():
     assert averages.read(alone)["usage"] == pytest.approx(0.7)
 
 
+def test_an_interval_in_which_no_row_counts_has_means_of_zero():
+    averages = Averages()
+    averages.add({"loss": torch.zeros(2)}, torch.zeros(2))
+    averages.add_step({"grad_norm": torch.tensor(1.0)}, ranks=1)
+    assert averages.read(alone) == {"loss": 0.0, "grad_norm": 1.0}
+
+
 def test_the_loss_is_shown_first():
     averages = Averages()
     averages.add({"accuracy": torch.ones(2), "loss": torch.ones(2)}, torch.ones(2))
@@ -197,3 +204,14 @@ def test_rates_are_those_since_the_last_look(monkeypatch):
 @pytest.mark.parametrize(("seconds", "shown"), [(0, "0:00"), (61, "1:01"), (3723, "1:02:03"), (59.6, "1:00")])
 def test_a_clock_shows_hours_only_when_there_are_any(seconds, shown):
     assert clock(seconds) == shown
+
+
+def test_only_the_main_rank_is_heard_while_all_ranks_run_a_block_and_all_are_afterwards(capsys):
+    with heard(False):
+        say("of another rank")
+        with heard(True):
+            say("of the main rank")
+    with pytest.raises(ValueError, match="of a block"), heard(False):
+        raise ValueError("of a block")
+    say("afterwards")
+    assert capsys.readouterr().err.split("\n") == ["of the main rank", "afterwards", ""]

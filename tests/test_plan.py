@@ -105,6 +105,15 @@ def test_a_teacher_that_is_not_trained_yet_is_planned_from_its_recipe(capsys):
     assert (parts["teacher"]["trained"], parts["teacher"]["backward"]) == (0, 0)
 
 
+def test_the_weights_of_a_timm_teacher_are_not_fetched_for_a_plan(capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    small = ["teacher.model=resnet10t", "data.image_size=32", "encoder.patch_size=8", "encoder.depth=1"]
+    assert plan.main("classify_deits16_in1k", [*small, "train.cpu=true"], images=1000, as_json=True) == train.DONE
+    said = capsys.readouterr()
+    assert "no trained teacher yet: planned from its timm model resnet10t" in said.err
+    assert json.loads(said.out)["parts"]["teacher"]["forward"] > 0
+
+
 def test_a_frozen_network_without_path_and_recipe_is_refused():
     with pytest.raises(ConfigError, match=r"teacher\.path is missing"):
         plan.main("vqkd_mae_cifar10", ["teacher.path=null", "teacher.recipe=null"], images=1000)
