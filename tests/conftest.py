@@ -33,6 +33,7 @@ TINY = {
     "mae": {"decoder_width": 16, "decoder_depth": 1, "decoder_num_heads": 2},
     "beit": {"num_codes": 16},
     "beit2": {"num_codes": 16, "early_layer": 1},
+    "segment": {"num_classes": 5, "channels": 16, "auxiliary_channels": 16},
 }  # options that make a component small; one that is not named here is small enough as it is
 
 

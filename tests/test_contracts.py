@@ -85,6 +85,7 @@ def a_batch(grid=(4, 4), num_codes=16):
         "noise": torch.arange(ROWS),
         "codes": torch.randint(num_codes, (ROWS, n), generator=generator),
         "labels": torch.arange(ROWS),
+        "label_maps": torch.randint(5, (ROWS, *SIZE), generator=generator),
         "keys": [f"shard.tar/{row}" for row in range(ROWS)],
         "position": ROWS,
         "epoch": 0,

@@ -8,7 +8,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LEVELS = [
     {"tokenizer", "mim.patches", "mim.masking", "mim.schedules", "mim.initialization", "mim.code_loss"},
-    {"mim.contracts", "mim.config", "mim.log", "mim.backbone", "mim.survey"},
+    {"mim.contracts", "mim.config", "mim.log", "mim.backbone", "mim.survey", "mim.batch_norm"},
+    {"mim.segmentation_heads"},
     {"mim.data", "mim.encoders", "mim.optim"},
     {"mim.objectives", "mim.ranks"},
     {"mim.checkpoint"},
