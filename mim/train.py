@@ -318,6 +318,7 @@ def loader(job: Job, start: int) -> Any:
         known=job.journal.bad,
         views=built.views.data.views,
         codes=built.views.cache.codes if built.views.cache is not None else None,
+        label_maps=built.views.label_maps,
         workers=num_workers(cfg.train.workers),
         pin_memory=accelerator.device.type == "cuda",
     )
