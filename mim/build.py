@@ -39,6 +39,7 @@ class Views:
     evaluation: Callable[..., Any]
     mask: Callable[[np.random.Generator], np.ndarray] | None  # bound to the patch grid
     cache: tokens.TokenCache | None = None  # of the codes, where the recipe names one
+    label_maps: bool = False  # whether the objective reads them
 
     @property
     def train_sizes(self) -> list[tuple[int, int]]:
@@ -133,8 +134,10 @@ def _build(sections: Sections, dataset: AnyDataset | None, load_frozen: bool) ->
     view = config.bind("mim.data.augment", data.view, "data.view")
     eval_view = config.bind("mim.data.augment", data.eval_view, "data.eval_view")
     _check_views(data, dataset)
+    if reads_maps := "label_maps" in objective.reads:
+        _check_label_maps(objective, data, dataset)
     sizes = sizes[:1] if sizes[-1] == sizes[0] else sizes
-    views = Views(data, sizes, view, eval_view, mask, cache)
+    views = Views(data, sizes, view, eval_view, mask, cache, reads_maps)
     if cache is not None and encoder is not None:
         resolved["tokens"] = str(cache.path.absolute())
         if dataset is not None:
@@ -160,6 +163,27 @@ def _check_views(data: stream.Config, dataset: AnyDataset | None) -> None:
                 f"data.{key}.name={view['name']} takes 8-bit images of 1 or 3 channels, not {data.channels} of "
                 f"{dtype}; use {view['name'].removeprefix('gray_')}"
             )
+
+
+def _check_label_maps(objective: Any, data: stream.Config, dataset: AnyDataset | None) -> None:
+    """Refuse views that leave label maps aside, and classes of pixels that the data does not have."""
+    for key, view in (("view", data.view), ("eval_view", data.eval_view)):
+        if not view["name"].startswith("segment_"):
+            raise ConfigError(
+                f"data.{key}.name={view['name']} shows no label maps, which the objective reads; use "
+                f"{'segment_crop' if key == 'view' else 'segment_whole'}"
+            )
+    if dataset is None:
+        return
+    if dataset.pixel_classes is None:
+        raise ConfigError(
+            f"{dataset.path} has no label maps; make its shards with mim shards make IMAGES OUT --masks DIR"
+        )
+    if objective.num_classes != (found := len(dataset.pixel_classes)):
+        raise ConfigError(
+            f"objective.num_classes={objective.num_classes}, but the label maps of {dataset.path} have {found} "
+            f"classes; set objective.num_classes={found}"
+        )
 
 
 def image_size(data: stream.Config) -> tuple[int, int]:
@@ -207,6 +231,10 @@ def open_data(sections: Sections) -> tuple[AnyDataset, shards.Dataset | None]:
             raise ConfigError(
                 f"{held_out.path} has {held_out.channels} channels of {held_out.dtype}, but {train.path} has "
                 f"{train.channels} of {train.dtype}; hold out images of the same kind"
+            )
+        if None not in (both := (train.pixel_classes, held_out.pixel_classes)) and both[0] != both[1]:
+            raise ConfigError(
+                f"{held_out.path} has other classes of pixels than {train.path}; make both with the same --classes"
             )
         same = held_out.channels == train.channels
         held_out.map_range(train.range if same else raw_range(data, held_out))

@@ -17,6 +17,8 @@ A `Batch` is a dict:
     view_noise         (B,) int64, the seeds of the colour jitter, which come again with `data.views`; used up with it
     codes              (B, N) int64, written by the frozen tokenizer, or by the loader from a token cache
     labels             (B,) int64, -1 = unknown; absent when the dataset has none
+    label_maps         (B, H, W) class of every pixel of `images`, uint8 in the loader, int64 on the device; IGNORE where
+                       there is none: unlabelled, beyond the image, rows that only pad; absent unless they are asked for
     keys               list[str], "shard.tar/sample", for messages and pictures; of a mixture after the source's path
     position           int, global positions consumed after this step
     epoch              int, epoch of the first row
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Batch = dict[str, Any]
+IGNORE = 255  # in `label_maps`: no class
 
 
 class DataError(ValueError):
@@ -130,7 +133,11 @@ class LoadedRun:
 
 
 class Eval(Protocol):
-    """`run` of a file in evals/: the same from the loop as from a directory."""
+    """`run` of a file in evals/: the same from the loop as from a directory.
+
+    It runs on all ranks and yields the same on each, whether it deals its work out (`mim/ranks.py`) or not; only what
+    the main rank yields is written and said, so whatever else it writes is its own care.
+    """
 
     def __call__(self, loaded: LoadedRun, cfg: Any) -> Iterable[tuple[str, float | Image]]: ...
 

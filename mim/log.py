@@ -18,11 +18,24 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+_heard = True  # whether this process says anything
+
 
 def say(message: str, *, main: bool = True) -> None:
     """Print one line for people, on standard error, above any progress bar."""
-    if main:
+    if main and _heard:
         tqdm.write(message, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def heard(main: bool) -> Iterator[None]:
+    """Let only the main rank say anything while all ranks run the block."""
+    global _heard
+    before, _heard = _heard, main
+    try:
+        yield
+    finally:
+        _heard = before
 
 
 @contextlib.contextmanager

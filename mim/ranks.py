@@ -7,9 +7,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from mim.data import stream
+
+
+def place() -> tuple[int, int]:
+    """This process's rank, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def add(value: Tensor) -> Tensor:
@@ -43,6 +48,14 @@ def total_fingerprint(share: int, device: torch.device, main_rank: bool) -> int:
         return share
     total = int(add(torch.tensor(share, dtype=torch.int64, device=device)))  # wraps modulo 2**64
     return total % stream.FINGERPRINT_MODULUS if main_rank else 0
+
+
+def share_buffers(network: nn.Module) -> None:
+    """Give every rank the main rank's buffers: the running statistics of a BatchNorm differ by rank."""
+    if dist.is_initialized():
+        for buffer in network.buffers():
+            if buffer.is_floating_point():
+                dist.broadcast(buffer, src=0)
 
 
 def agree(stopping: bool) -> bool:
