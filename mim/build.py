@@ -86,6 +86,9 @@ def _build(sections: Sections, dataset: AnyDataset | None, load_frozen: bool) ->
     data = config.typed(stream.Config, sections["data"], "data")
     size = image_size(data)
     objective_module, objective_cfg = config.component("mim.objectives", sections.get("objective"), "objective")
+    found = getattr(dataset, getattr(objective_module, "CLASSES", "classes"), None)
+    if found is not None and getattr(objective_cfg, "num_classes", 0) is None:
+        objective_cfg.num_classes = len(found)
     resolved = {**sections, "data": config.plain(data)}
     resolved["objective"] = {"name": sections["objective"]["name"], **config.plain(objective_cfg)}
 

@@ -27,6 +27,7 @@ from mim.batch_norm import counting
 from mim.contracts import IGNORE, Batch, Encoder
 from mim.segmentation_heads import FCN, NORMS, Level, Linear, ProgressiveUpsampling, Pyramid, UPerNet, resized
 
+CLASSES = "pixel_classes"  # of the dataset: what `num_classes: null` counts
 HEADS = ("linear", "setr_pup", "upernet")
 
 
@@ -132,8 +133,10 @@ class Segment(nn.Module):
         """Scores (B, classes, h, w) of the head and, in training, of the auxiliary one, on grids of their own."""
         with torch.no_grad() if self.cfg.frozen else contextlib.nullcontext():
             maps = self.maps(images)
+        if self.pyramid is not None:
+            maps = self.pyramid(maps)
         auxiliary = self.auxiliary(maps[-2]) if self.auxiliary is not None and self.training else None
-        return self.head(maps if self.pyramid is None else self.pyramid(maps)), auxiliary
+        return self.head(maps), auxiliary
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """The encoder's maps (B, D, h, w) that the head reads: raw ones of several blocks, or the last, normed."""
