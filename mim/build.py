@@ -20,7 +20,7 @@ import tokenizer as tokenizers
 from mim import checkpoint, config, frozen_networks, weights
 from mim.config import ConfigError
 from mim.contracts import DataError, LoadedRun
-from mim.data import make, shards, stream, tokens
+from mim.data import make, randaugment, shards, stream, tokens
 from mim.data.location import redact
 from mim.data.mixture import AnyDataset, Mixture
 from mim.log import say
@@ -86,9 +86,9 @@ def _build(sections: Sections, dataset: AnyDataset | None, load_frozen: bool) ->
     data = config.typed(stream.Config, sections["data"], "data")
     size = image_size(data)
     objective_module, objective_cfg = config.component("mim.objectives", sections.get("objective"), "objective")
-    found = getattr(dataset, getattr(objective_module, "CLASSES", "classes"), None)
-    if found is not None and getattr(objective_cfg, "num_classes", 0) is None:
-        objective_cfg.num_classes = len(found)
+    if hasattr(objective_cfg, "num_classes"):
+        of_pixels = getattr(objective_module, "CLASSES", "labels") == "label_maps"
+        objective_cfg.num_classes = num_classes(objective_cfg.num_classes, dataset, of_pixels=of_pixels)
     resolved = {**sections, "data": config.plain(data)}
     resolved["objective"] = {"name": sections["objective"]["name"], **config.plain(objective_cfg)}
 
@@ -138,7 +138,7 @@ def _build(sections: Sections, dataset: AnyDataset | None, load_frozen: bool) ->
     eval_view = config.bind("mim.data.augment", data.eval_view, "data.eval_view")
     _check_views(data, dataset)
     if reads_maps := "label_maps" in objective.reads:
-        _check_label_maps(objective, data, dataset)
+        _check_label_maps(data)
     sizes = sizes[:1] if sizes[-1] == sizes[0] else sizes
     views = Views(data, sizes, view, eval_view, mask, cache, reads_maps)
     if cache is not None and encoder is not None:
@@ -160,33 +160,25 @@ def _check_views(data: stream.Config, dataset: AnyDataset | None) -> None:
     if data.jitter and data.channels != 3:
         raise ConfigError(f"data.jitter={data.jitter} changes colours, but data.channels={data.channels}; use jitter=0")
     dtype = dataset.dtype if dataset is not None else "uint8"
+    if "policy" in data.view:
+        randaugment.transform_of(data.view["policy"], (0, 0, 0), 1)  # refused here, not in a worker
     for key, view in (("view", data.view), ("eval_view", data.eval_view)):
-        if view["name"].startswith("gray_") and (data.channels not in (1, 3) or dtype != "uint8"):
+        limited = view["name"].startswith(("gray_", "rand_"))
+        if limited and (data.channels not in (1, 3) or dtype != "uint8"):
             raise ConfigError(
                 f"data.{key}.name={view['name']} takes 8-bit images of 1 or 3 channels, not {data.channels} of "
-                f"{dtype}; use {view['name'].removeprefix('gray_')}"
+                f"{dtype}; use {view['name'].removeprefix('gray_').removeprefix('rand_augment_')}"
             )
 
 
-def _check_label_maps(objective: Any, data: stream.Config, dataset: AnyDataset | None) -> None:
-    """Refuse views that leave label maps aside, and classes of pixels that the data does not have."""
+def _check_label_maps(data: stream.Config) -> None:
+    """Refuse views that leave label maps aside."""
     for key, view in (("view", data.view), ("eval_view", data.eval_view)):
         if not view["name"].startswith("segment_"):
             raise ConfigError(
                 f"data.{key}.name={view['name']} shows no label maps, which the objective reads; use "
                 f"{'segment_crop' if key == 'view' else 'segment_whole'}"
             )
-    if dataset is None:
-        return
-    if dataset.pixel_classes is None:
-        raise ConfigError(
-            f"{dataset.path} has no label maps; make its shards with mim shards make IMAGES OUT --masks DIR"
-        )
-    if objective.num_classes != (found := len(dataset.pixel_classes)):
-        raise ConfigError(
-            f"objective.num_classes={objective.num_classes}, but the label maps of {dataset.path} have {found} "
-            f"classes; set objective.num_classes={found}"
-        )
 
 
 def image_size(data: stream.Config) -> tuple[int, int]:
@@ -221,6 +213,32 @@ def statistics(channels: int, dataset: AnyDataset | None) -> tuple[list[float], 
     if channels == 1 and dataset.gray is not None:
         return [dataset.gray["mean"]], [dataset.gray["std"]]
     return [float(np.mean(dataset.mean))] * channels, [float(np.mean(dataset.std))] * channels
+
+
+def num_classes(stated: int | None, dataset: AnyDataset | None, *, of_pixels: bool) -> int:
+    """The classes of an objective, of images or of pixels: as its recipe states them, or the dataset's; both agree."""
+    if dataset is None:
+        if stated is None:
+            raise ConfigError(
+                "objective.num_classes is missing: without its dataset a recipe must state it, e.g. "
+                "objective.num_classes=1000"
+            )
+        return stated
+    classes = dataset.pixel_classes if of_pixels else dataset.classes
+    if classes is None:
+        missing = (
+            "label maps; make its shards with `mim shards make IMAGES OUT --masks DIR`"
+            if of_pixels
+            else "labels; make its shards with `mim shards make --labels-from-folders`, or set "
+            "data.labels_from_folders=true for an image folder"
+        )
+        raise ConfigError(f"{dataset.path} has no {missing}")
+    if stated not in (None, found := len(classes)):
+        raise ConfigError(
+            f"objective.num_classes={stated}, but {dataset.path} has {found}; set objective.num_classes={found}, or "
+            f"leave it out"
+        )
+    return found
 
 
 def open_data(sections: Sections) -> tuple[AnyDataset, shards.Dataset | None]:

@@ -119,7 +119,7 @@ class Averages:
     def read(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Means per image, and per step for what `add_step` added; starts a new interval."""
         sums = self.state(reduce)
-        images, steps = sums.pop("images"), sums.pop("step/count")
+        images, steps = sums.pop("images") or 1.0, sums.pop("step/count")  # an interval may lack labelled images
         means = {k.removeprefix("step/"): v / (steps if k.startswith("step/") else images) for k, v in sums.items()}
         means |= {name: value.item() for name, value in self._last.items()}
         self._saved, self._sums, self._last = {}, {}, {}
@@ -172,6 +172,28 @@ class Progress:
 
     def close(self) -> None:
         self.bar.close()
+
+
+class Pace:
+    """A line now and then about work that takes long: how much is done, how fast it goes, how long it will take."""
+
+    EVERY = 15.0  # seconds
+
+    def __init__(self, title: str, total: int, *, main: bool = True, unit: str = "images") -> None:
+        self.title, self.total, self.main, self.unit = title, total, main, unit
+        self.done = 0
+        self.began = self._told = time.monotonic()
+
+    def advance(self, count: int) -> None:
+        """Count what was done."""
+        self.done = min(self.done + count, self.total)
+        now = time.monotonic()
+        if now - self._told < self.EVERY:
+            return
+        self._told = now
+        rate = self.done / (now - self.began)
+        left = clock((self.total - self.done) / rate)
+        say(f"{self.title}: {self.done}/{self.total} {self.unit}, {rate:.1f} a second, left {left}", main=self.main)
 
 
 def clock(seconds: float) -> str:

@@ -17,6 +17,7 @@ LEVELS = [
     {"mim.weight_files"},
     {"mim.weights"},
     {"mim.build", "mim.released_tokenizers"},
+    {"mim.bank"},
     {"mim.features", "mim.experiment", "mim.footprint"},
     {"mim.codes"},
     {"mim.evals", "mim.exports", "mim.report"},

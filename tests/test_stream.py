@@ -258,16 +258,6 @@ def test_evaluation_sees_every_sample_once_in_the_order_of_the_lock(dataset, wor
     assert all((batch["weight"] == 1).all() for batch in found)
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_the_ranks_share_the_batches_of_an_evaluation_and_none_is_composed_anew(dataset, world):
-    def keys(**ranks):
-        return [batch["keys"] for batch in evaluate(dataset, view=center, sizes=SIZES[:1], batch_size=8, **ranks)]
-
-    shares = [keys(rank=rank, world=world) for rank in range(world)]
-    assert [shares[i % world][i // world] for i in range(3)] == keys()
-    assert sum(map(len, shares)) == 3
-
-
 def test_a_limited_evaluation_is_the_same_subset_with_the_same_pixels(dataset):
     whole = {}
     for batch in evaluate(dataset, view=crop, sizes=SIZES, batch_size=5, mask=mask_quarter):

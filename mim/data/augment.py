@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from mim.contracts import IGNORE
 from mim.data.decode import LUMA, Encoded
 from mim.data.label_map import Pair, resized
+from mim.data.randaugment import rand_augment
 
 Sizes = list[tuple[int, int]]  # (h, w) of each view
 Image = Tensor | Encoded  # (C, H, W)
@@ -188,6 +189,23 @@ def segment_native(
     size = max(h, round(height * factor)), max(w, round(width * factor))
     (view,) = _render(_image_of(image), Box(0, 0, height, width), [size])
     return {"images": view, "label_maps": image.label_map} if isinstance(image, Pair) else [view]
+
+
+def rand_augment_crop(
+    image: Image,
+    rng: np.random.Generator,
+    sizes: Sizes,
+    *,
+    scale: tuple[float, float] = (0.08, 1.0),  # as timm's training script, and with it BEiT, MAE and DeiT
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    hflip: float = 0.5,
+    policy: str = "rand-m9-mstd0.5-inc1",  # timm's notation; BEiT, MAE and DeiT alike
+    fill: tuple[int, int, int] = (124, 116, 104),  # levels outside a moved image; ImageNet's mean
+) -> list[Tensor]:
+    """`crop`, then RandAugment: for supervised training on 8-bit images of 1 or 3 channels."""
+    views = crop(image, rng, sizes, scale=scale, ratio=ratio, hflip=hflip)
+    seed = int(rng.integers(2**63))
+    return [rand_augment(view, seed, policy=policy, fill=tuple(fill)) for view in views]
 
 
 def _random_box(

@@ -49,7 +49,7 @@ class Config:
 def run(loaded: LoadedRun, cfg: Config) -> NamedValues:
     """Yield miou, mean_accuracy, pixel_accuracy, miou_majority, iou/CLASS of every class, and the picture."""
     objective = loaded.objective
-    if not hasattr(objective, "num_classes") or "label_maps" not in objective.reads:
+    if not hasattr(objective, "score_pixels"):
         name = loaded.config["objective"]["name"]
         raise ConfigError(f"{loaded.path} is a run of {name}, which predicts no label maps; miou needs one of segment")
     if not 0 <= cfg.overlap < 1:
@@ -133,7 +133,7 @@ def slide(objective: Any, images: Tensor, *, window: tuple[int, int], overlap: f
         parts = torch.cat(
             [images[:, :, top : top + h, left : left + w] for top, left in some]
         )  # (windows * B, C, h, w)
-        for (top, left), scores in zip(some, objective.logits(parts).split(len(images)), strict=True):
+        for (top, left), scores in zip(some, objective.score_pixels(parts).split(len(images)), strict=True):
             total[:, :, top : top + h, left : left + w] += scores
             times[top : top + h, left : left + w] += 1
     return total / times
@@ -163,16 +163,17 @@ def _batches(loaded: LoadedRun, dataset: AnyDataset, cfg: Config, *, dealt: bool
     """Held-out images with their label maps on the device: this rank's share of them if they are dealt out."""
     views = loaded.views
     rank, world = ranks.place() if dealt else (0, 1)
+    size = 1 if cfg.slide else cfg.batch_size  # images of their own size do not stack
+    num_images = len(stream.evaluated(dataset, limit=cfg.limit))
     for batch in stream.evaluate(
         dataset,
         view=functools.partial(augment.segment_native, short=cfg.short) if cfg.slide else views.evaluation,
         sizes=views.sizes[:1],
         channels=views.data.channels,
-        batch_size=1 if cfg.slide else cfg.batch_size,  # images of their own size do not stack
+        batch_size=size,
         limit=cfg.limit,
         label_maps=True,
-        rank=rank,
-        world=world,
+        only=range(-(-num_images // size))[rank::world],
     ):
         yield stream.to_device(batch, _device(loaded))
 
@@ -182,7 +183,7 @@ def _predict(objective: Any, batch: Batch, cfg: Config, loaded: LoadedRun) -> Te
     """The predicted classes (B, H, W), at the size of the label maps."""
     images, size = batch["images"], batch["label_maps"].shape[1:]
     if not cfg.slide:
-        return resized(objective.logits(images), size).argmax(dim=1)
+        return resized(objective.score_pixels(images), size).argmax(dim=1)
     window = loaded.views.sizes[0]
     scores = slide(objective, images, window=window, overlap=cfg.overlap, batch_size=cfg.batch_size)
     return resized(scores, size).argmax(dim=1)

@@ -27,7 +27,7 @@ from mim.batch_norm import counting
 from mim.contracts import IGNORE, Batch, Encoder
 from mim.segmentation_heads import FCN, NORMS, Level, Linear, ProgressiveUpsampling, Pyramid, UPerNet, resized
 
-CLASSES = "pixel_classes"  # of the dataset: what `num_classes: null` counts
+CLASSES = "label_maps"  # what `num_classes: null` counts the dataset's classes of
 HEADS = ("linear", "setr_pup", "upernet")
 
 
@@ -125,7 +125,7 @@ class Segment(nn.Module):
             loss = loss + self.cfg.auxiliary_weight * extra
         return {"loss": loss, **out}
 
-    def logits(self, images: Tensor) -> Tensor:
+    def score_pixels(self, images: Tensor) -> Tensor:
         """Class scores (B, classes, H, W) in float32 of images (B, C, H, W), at their size."""
         return resized(self.scores(images)[0].float(), images.shape[2:])
 
