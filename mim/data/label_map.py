@@ -34,7 +34,7 @@ class Pair(NamedTuple):
     label_map: Tensor  # (H, W) uint8
 
 
-def decode_label_map(data: bytes | memoryview, size: tuple[int, int], num_classes: int | None = None) -> Tensor:
+def decode_label_map(data: bytes | memoryview, size: tuple[int, ...], num_classes: int | None = None) -> Tensor:
     """Decode the label map of an image whose upright size is (H, W). Returns (H, W) uint8.
 
     Raises BadImage for what is no 8-bit PNG of that size, and for classes from `num_classes` on other than IGNORE.
@@ -90,7 +90,7 @@ def without_zero(label_map: Tensor) -> Tensor:
     return table[label_map.long()]
 
 
-def resized(label_map: Tensor, size: tuple[int, int]) -> Tensor:
+def resized(label_map: Tensor, size: tuple[int, ...]) -> Tensor:
     """A map (H, W) as (h, w): the class at the centre of each pixel, where bicubic resizing has its pixels too."""
     if tuple(label_map.shape) == tuple(size):
         return label_map

@@ -85,6 +85,7 @@ class Dataset:
         self._locations = [location(path, shard) for shard in lock["shards"]]
         self._sizes: list[int] = [shard["size"] for shard in lock["shards"]]
         self._proofs: list[str] = [shard.get("proof", "bytes") for shard in lock["shards"]]
+        self.label_map_ending: str | None = lock["schema"]["members"].get("label_map", [None])[0]
         self._members = member_names(lock["schema"])
         self._indices: dict[int, np.ndarray] = {}
         self.remote_shards = {  # by their number
@@ -282,10 +283,21 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "width": statistics["width"],
         "mean": statistics["mean"],
         "std": statistics["std"],
+        **_pixels_of(schema, statistics),
         "num_measured": statistics.get("num_measured", sum(shard["count"] for shard in shards)),
         "dtype": statistics.get("dtype", "uint8"),
         "range": statistics.get("range"),
     }
+
+
+def _pixels_of(schema: dict[str, Any], statistics: dict[str, Any]) -> dict[str, Any]:
+    """What is known of label maps: the share of each class among the labelled pixels, and of ignored ones among all."""
+    if schema.get("pixel_classes") is None:
+        return {}
+    counts, ignored = statistics["pixel_counts"], statistics["ignored_pixels"]
+    labelled = max(sum(counts), 1)
+    shares = {n: round(count / labelled, 6) for n, count in zip(schema["pixel_classes"], counts, strict=True)}
+    return {"pixel_classes": shares, "ignored_pixels": round(ignored / max(sum(counts) + ignored, 1), 6)}
 
 
 def read_lock(path: Path) -> dict[str, Any]:
