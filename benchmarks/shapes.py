@@ -3,8 +3,8 @@
     python benchmarks/shapes.py OUT --count 2000 --size 128
     mim shards make OUT/images shards/shapes --masks OUT/masks --classes OUT/classes.txt --val-ratio 0.1
 
-Every image has a background of smooth noise and two to five shapes, in any size, place, turn and colour; what lies later
-covers what lies earlier. The colour says nothing about the class (`--coloured`: a hue per class), so a network has to
+Every image has a background of smooth noise and two to five shapes, in any size, place, turn and colour; the later
+ones cover the earlier. The colour says nothing about the class (`--coloured`: a hue per class), so a network has to
 see the outline, and of stripes the pattern. Image i is a function of the seed and i alone.
 """
 

@@ -149,6 +149,7 @@ def bench_data(
         batch_size=min(cfg.optim.batch_size, 256),
         workers=num_workers(cfg.train.workers),
         device=device or torch.device("cpu"),
+        label_maps=views.label_maps,
         seconds=seconds,
     )
     click.echo(json.dumps(found.json(), indent=1) if as_json else found.text())

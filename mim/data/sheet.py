@@ -1,7 +1,7 @@
 """A contact sheet: a keyed sample of a dataset as one PNG, or as one HTML file that needs nothing beside it.
 
 The HTML names each image with its size, class and key; all text is escaped, and the page may load nothing. Channels
-beyond the first three are not shown; deep images are scaled from their own minimum to their maximum. A label map is laid
+beyond the first three are not shown; deep images are scaled from their own minimum to their maximum. A label map lies
 over its image, a colour for each class.
 """
 
