@@ -6,7 +6,7 @@ class that is neither in the truth nor predicted has no intersection over union 
 
 `slide: false` looks at each image as `data.eval_view` shows it and scores at that size. `slide: true` is what ADE20K
 numbers are published with (mmsegmentation): windows of the training size slide over the image, whose short side has
-`short` pixels; their scores are averaged, brought to the size of the stored label map, and judged there.
+`short` pixels (as many as a window, if null); their scores are averaged, brought to the size of the stored label map, and judged there.
 
 Beside the result stands that of always predicting the class with the most pixels of this very split.
 """
@@ -38,7 +38,7 @@ WRONG, UNLABELLED = (1.0, 0.15, 0.15), (0.5, 0.5, 0.5)  # colours of the picture
 @dataclass
 class Config:
     slide: bool = False  # windows over images of their own size, as published
-    short: int | None = None  # of `slide`: pixels of the short side; null: the images' own (ADE20K: 512)
+    short: int | None = None  # of `slide`: pixels of the short side, at least a window's, as null is (ADE20K: 512)
     overlap: float = 1 / 3  # of `slide`: share of a window that the next one sees again (341 of 512 pixels: 1/3)
     batch_size: int = 16  # images, or windows
     limit: int | None = None  # held-out images; null: all
