@@ -435,7 +435,7 @@ def look(job: Job, name: str, step: int, log: RunLog | None) -> None:
         numbers, pictures = record(module.run(loaded, cfg), job.run / "pictures", step, main=main_rank)
     if name == "codebook":
         job.card = numbers
-    shown = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())
+    shown = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items() if "/" not in key)  # not of every class
     say(f"step {step}/{job.rates.total_steps}  {name}: {shown or ', '.join(pictures.values())}", main=main_rank)
     job.accelerator.log({f"{name}/{key}": value for key, value in numbers.items()}, step=step)
     if log is not None:

@@ -6,7 +6,8 @@ class that is neither in the truth nor predicted has no intersection over union 
 
 `slide: false` looks at each image as `data.eval_view` shows it and scores at that size. `slide: true` is what ADE20K
 numbers are published with (mmsegmentation): windows of the training size slide over the image, whose short side has
-`short` pixels (as many as a window, if null); their scores are averaged, brought to the size of the stored label map, and judged there.
+`short` pixels (as many as a window, if null); their scores are averaged, brought to the size of the stored label map,
+and judged there.
 
 Beside the result stands that of always predicting the class with the most pixels of this very split.
 """
