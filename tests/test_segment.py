@@ -91,16 +91,23 @@ def test_an_image_without_a_label_has_no_loss_and_no_gradient(norm):
     assert not [n for n, p in objective.named_parameters() if p.grad is not None and p.grad.any()]
 
 
-def test_what_stands_in_ignored_pixels_and_rows_that_pad_changes_nothing():
+def test_rows_that_pad_change_nothing_for_the_others():
     objective = an_objective(norm="batch").train()
     batch = a_batch()
-    state = objective.state_dict()
     padded = {name: torch.cat([value, value[:1]]) for name, value in batch.items()}
     padded["weight"][3] = 0
     padded["images"][3] = 0.5
     found = objective(padded, PROGRESS)["loss"][:3]
-    objective.load_state_dict(state)
     assert torch.allclose(found, objective(batch, PROGRESS)["loss"], atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_the_loss_is_in_single_precision_under_mixed_precision(norm):
+    objective = an_objective(norm=norm).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = objective(a_batch(), PROGRESS)
+    assert out["loss"].dtype == torch.float32
+    assert torch.allclose(out["loss"], objective(a_batch(), PROGRESS)["loss"], rtol=0.02)
 
 
 def test_pixel_accuracy_is_over_labelled_pixels():
