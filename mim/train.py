@@ -76,7 +76,7 @@ class Config:
     mask: dict[str, Any] | None = None
     tokenizer: dict[str, Any] | None = None
     tokens: str | None = None  # token cache (mim tokens make): the codes without running the tokenizer
-    teacher: dict[str, Any] | None = None  # frozen encoder whose features a tokenizer learns: {recipe: NAME, path: RUN}
+    teacher: dict[str, Any] | None = None  # frozen network whose features or decisions are learned: {path: RUN}
     init: Init = field(default_factory=Init)
     train: Machine = field(default_factory=Machine)
     evals: dict[str, Any] = field(default_factory=dict)  # NAME: {every: "10 epochs", option: value}

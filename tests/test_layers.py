@@ -14,7 +14,7 @@ LEVELS = [
     {"mim.checkpoint"},
     {"mim.layouts", "mim.resample", "mim.frozen_networks"},
     {"mim.weight_files"},
-    {"mim.weights"},
+    {"mim.weights", "mim.classifying_teacher"},
     {"mim.build", "mim.released_tokenizers"},
     {"mim.bank"},
     {"mim.features", "mim.experiment", "mim.footprint"},
