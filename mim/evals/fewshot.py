@@ -51,6 +51,8 @@ def run(loaded: LoadedRun, cfg: Config) -> NamedValues:
         raise ConfigError(f"method={cfg.method!r} is unknown; choose {', '.join(METHODS)}")
     if not cfg.shots or min(cfg.shots) < 1 or cfg.draws < 1:
         raise ConfigError(f"shots={cfg.shots} and draws={cfg.draws} must be numbers of at least 1")
+    if cfg.pool == "tokens":
+        raise ConfigError("pool=tokens: tokens are many vectors of an image, few-shot reads one; use mean")
     wanted = Wanted([cfg.layer], [cfg.pool])
     found = banks(loaded, wanted, batch_size=cfg.batch_size, train_limit=cfg.train_limit, val_limit=cfg.val_limit)
     train, val = samples(*found, where="fewshot")
