@@ -28,6 +28,7 @@ from mim import __version__, build, checkpoint, config, experiment, frozen_netwo
 from mim.config import ConfigError
 from mim.contracts import Batch, DataError, LoadedRun
 from mim.data import mixture, quarantine, shuffle, stages, stream
+from mim.features import protocol
 from mim.log import Averages, Progress, RunLog, heard, say, write_json
 from mim.schedules import to_steps
 
@@ -438,7 +439,7 @@ def look(job: Job, name: str, step: int, log: RunLog | None) -> None:
     say(f"step {step}/{job.rates.total_steps}  {name}: {shown or ', '.join(pictures.values())}", main=main_rank)
     job.accelerator.log({f"{name}/{key}": value for key, value in numbers.items()}, step=step)
     if log is not None:
-        log.write("eval", step, eval=name, **numbers, **pictures)
+        log.write("eval", step, eval=name, protocol=protocol(loaded, cfg), **numbers, **pictures)
 
 
 def record(values: Any, folder: Path, step: int, *, main: bool = True) -> tuple[dict[str, float], dict[str, str]]:

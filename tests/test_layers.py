@@ -17,6 +17,8 @@ LEVELS = [
     {"mim.weights"},
     {"mim.build", "mim.released_tokenizers"},
     {"mim.bank"},
+    {"mim.feature_cache", "mim.judged"},
+    {"mim.bank_writer"},
     {"mim.features", "mim.experiment", "mim.footprint"},
     {"mim.codes", "mim.probes"},
     {"mim.sweep"},
