@@ -34,7 +34,16 @@ from mim.log import clock, say, write_json
 Command = list[str]  # arguments of mim
 NETWORK = {"depth": 6, "width": 128, "num_heads": 4, "patch_size": 4, "positions": "sincos", "layer_scale": None}
 NOT_SHAPE = ("name", "init", "mean", "std", "drop_path_rate", "weight_init", "qk_gain")  # of an encoder's options
-PROBES = {"knn": [], "ridge": []}  # evaluations with their options; the number has the same name
+SHORT = {  # what a few hundred steps gain nothing from is off
+    "optim.base_lr": None,
+    "optim.layer_decay": None,
+    "encoder.drop_path_rate": 0,
+    "objective.head_std": 0.01,
+    "objective.mixup_alpha": 0,
+    "objective.cutmix_alpha": 0,
+}
+CROPS = ["data.view=null", "data.view={name: crop, scale: [0.5, 1.0], hflip: 0.5}"]  # instead of RandAugment
+PROBES = {"knn": [], "linear": ["solver=lbfgs"]}  # evaluations with their options; the number has the same name
 
 
 def main() -> None:
@@ -123,8 +132,9 @@ def finetuning(name: str, rate: float, arguments: argparse.Namespace) -> Command
         "optim.lr": rate,
         "train.run": str(arguments.out / f"{name}-tuned-{rate:g}-{arguments.steps}"),
         **network(getattr(arguments, name, None) or arguments.mae),
+        **SHORT,
     }
-    return ["train", "classify_vittiny_cifar10", *written(options)]
+    return ["train", "classify_vittiny_cifar10", *CROPS, *written(options)]
 
 
 def choosing(command: Command, arguments: argparse.Namespace) -> Command:
@@ -134,7 +144,7 @@ def choosing(command: Command, arguments: argparse.Namespace) -> Command:
 
 def judging(command: Command, arguments: argparse.Namespace) -> Command:
     """Accuracy of a fine-tuning on the test images."""
-    return ["eval", "accuracy", run_of(command), f"data={arguments.test}", f"val_limit={arguments.judge}"]
+    return ["eval", "accuracy", run_of(command), f"data.val_path={arguments.test}", f"val_limit={arguments.judge}"]
 
 
 def probing(probe: str, command: Command, arguments: argparse.Namespace) -> Command:

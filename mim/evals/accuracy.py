@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,6 @@ MAX_WORKERS = 16  # loader processes of a rank on a GPU; on a CPU they would sha
 @dataclass
 class Config:
     batch_size: int = 256  # images on a device at once
-    data: str | None = None  # another labelled dataset; null: the run's held-out split
     val_limit: int | None = None  # images, a fixed random subset; null: all
     per_class: bool = False  # yield class/NAME, too
 
@@ -47,8 +46,6 @@ def run(loaded: LoadedRun, cfg: Config) -> NamedValues:
             f"{loaded.path} is a run of {name}, which tells no classes; fine-tune it first, with objective.name="
             f"classify and encoder.init={loaded.path}, or judge its features: mim eval knn {loaded.path}"
         )
-    if cfg.data is not None:
-        loaded = replace(loaded, config={**loaded.config, "data": {**loaded.config["data"], "val_path": cfg.data}})
     train, val = labelled_data(loaded)
     outputs = outputs_of(val, train)
     counts, right, within, losses = count(loaded, cfg, val, outputs)
