@@ -12,7 +12,7 @@ from conftest import TINY
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
-from mim import build, config, optim, train
+from mim import build, config, optim, train, weights
 from mim.config import ConfigError
 from mim.data.shards import Dataset
 from mim.objectives import classify
@@ -360,6 +360,19 @@ def test_a_probe_leaves_its_encoder_as_it_was_and_opens_without_data(dataset, tm
     )
     loaded = build.load_run(tmp_path / "run")
     assert loaded.objective.logits(a_batch()).shape == (4, 2)
+
+
+def test_a_fine_tuning_starts_from_the_averaged_encoder_of_a_run_of_mae(dataset, tmp_path):  # noqa: F811
+    run(run_recipe(dataset, tmp_path, encoder__positions="sincos"), tmp_path / "mae", stop_at=3)
+    found = build.load_run(tmp_path / "mae")
+    sections = {**found.config, "objective": {"name": "classify", "num_classes": 2}, "mask": None}
+    sections["encoder"] = {**sections["encoder"], "init": str(tmp_path / "mae"), "positions": "learn"}
+    built = build.build(sections)
+    weights.start(built, None, optimizer=False, resumed=False)
+    for name, value in found.encoder.state_dict().items():
+        assert torch.equal(built.encoder.state_dict()[name], value), name
+    assert built.encoder.vit.pos_embed.requires_grad
+    assert built.objective.head.weight.std() < 1e-4
 
 
 def test_draws_of_a_step_are_named_for_torch_numpy_and_python():

@@ -199,6 +199,21 @@ def test_at_twice_the_size_equal_content_has_nearly_the_features_of_the_source(s
         assert error < (0.8 if section["name"] == "dense" else 0.25) * other, float(error / other)
 
 
+def test_a_fine_tuned_run_goes_on_at_twice_the_size_with_nearly_its_predictions(recipe, tmp_path):
+    first = tuned(recipe, tmp_path, "first", objective__head_std=0.5)
+    larger = tuned(recipe, tmp_path, "larger", objective__head_std=0.5, init__run=str(first), data__image_size=64)
+    assert report_of(larger)["reinitialised"] == []
+    assert set(report_of(larger)["resized"]) == {"pos_embed"}
+    cells = torch.rand(4, 3, 4, 4, generator=torch.Generator().manual_seed(2))
+    before, after = (
+        build.load_run(run).objective.logits(
+            {"images": torch.nn.functional.interpolate(cells, (side, side), mode="nearest")}
+        )
+        for run, side in ((first, 32), (larger, 64))
+    )
+    assert (after - before).square().mean() < 0.05 * (before.roll(1, dims=0) - before).square().mean()
+
+
 def test_positions_that_a_family_keeps_in_its_own_way_are_resampled_too(tmp_path):
     section = {"name": "dense", "model": "crossvit_9_240"}
     small, large = (encoder_of(section, size=size) for size in (240, 480))
