@@ -28,6 +28,7 @@ from mim import __version__, build, checkpoint, config, experiment, frozen_netwo
 from mim.config import ConfigError
 from mim.contracts import Batch, DataError, LoadedRun
 from mim.data import mixture, quarantine, shuffle, stages, stream
+from mim.features import protocol
 from mim.log import Averages, Progress, RunLog, heard, say, write_json
 from mim.schedules import to_steps
 
@@ -76,7 +77,7 @@ class Config:
     mask: dict[str, Any] | None = None
     tokenizer: dict[str, Any] | None = None
     tokens: str | None = None  # token cache (mim tokens make): the codes without running the tokenizer
-    teacher: dict[str, Any] | None = None  # frozen encoder whose features a tokenizer learns: {recipe: NAME, path: RUN}
+    teacher: dict[str, Any] | None = None  # frozen network whose features or decisions are learned: {path: RUN}
     init: Init = field(default_factory=Init)
     train: Machine = field(default_factory=Machine)
     evals: dict[str, Any] = field(default_factory=dict)  # NAME: {every: "10 epochs", option: value}
@@ -439,7 +440,7 @@ def look(job: Job, name: str, step: int, log: RunLog | None) -> None:
     say(f"step {step}/{job.rates.total_steps}  {name}: {shown or ', '.join(pictures.values())}", main=main_rank)
     job.accelerator.log({f"{name}/{key}": value for key, value in numbers.items()}, step=step)
     if log is not None:
-        log.write("eval", step, eval=name, **numbers, **pictures)
+        log.write("eval", step, eval=name, protocol=protocol(loaded, cfg), **numbers, **pictures)
 
 
 def record(values: Any, folder: Path, step: int, *, main: bool = True) -> tuple[dict[str, float], dict[str, str]]:

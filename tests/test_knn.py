@@ -4,16 +4,12 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from mim import build
 from mim.config import ConfigError
-from mim.contracts import Features
-from mim.data import stream
-from mim.data.make import make
-from mim.data.shards import Dataset
 from mim.evals import knn
 from mim.evals.knn import knn_accuracy
-from mim.features import Split, extract, pooled
+from mim.features import Split
 
 
 def clusters(num, classes=4, width=16, spread=0.1, seed=0):
@@ -93,65 +89,52 @@ def test_the_temperature_decides_between_one_near_and_two_far_neighbours():
         assert accuracy(bank, Split(query, torch.tensor([0])), k=3, temperature=temperature) == right
 
 
-# ---- features of a run ---------------------------------------------------------------------------
+# ---- one search for every k ----------------------------------------------------------------------
 
 
-@torch.no_grad()
-@pytest.mark.parametrize(("pool", "of"), [("mean", lambda f: f.patches.mean(1)), ("class", lambda f: f.prefix[:, 0])])
-def test_features_are_the_mean_of_the_patches_or_the_class_token(loaded_run, pool, of):
-    loaded = loaded_run("mae")
-    images = torch.rand(2, 3, 32, 32)
-    assert torch.equal(pooled(loaded, pool)(images), of(loaded.encoder(images)))
+def brute_force(bank, queries, k, temperature=0.07):
+    """All cosines at once, in float64, and a full sort."""
+    mean, std = bank.features.double().mean(0), bank.features.double().std(0) + 1e-6
+    keys, points = (F.normalize((s.features.double() - mean) / std, dim=1) for s in (bank, queries))
+    similarity, order = (points @ keys.T).sort(dim=1, descending=True, stable=True)
+    weights = (similarity[:, :k] / temperature).exp()
+    votes = torch.zeros(len(points), 4, dtype=torch.float64).scatter_add_(1, bank.labels[order[:, :k]], weights)
+    return (votes.argmax(1) == queries.labels).double().mean().item()
 
 
-def test_an_unknown_pool_is_refused(loaded_run):
-    with pytest.raises(ConfigError, match="pool='max' is unknown; choose mean or class"):
-        pooled(loaded_run("mae"), "max")
+def test_every_k_of_one_search_equals_a_computation_by_brute_force(monkeypatch):
+    """On overlapping clusters, so that every k has another answer, with pieces that divide nothing evenly."""
+    monkeypatch.setattr(knn, "BANK_ROWS", 77)
+    monkeypatch.setattr(knn, "QUERY_ROWS", 31)
+    bank, queries = clusters(500, spread=1.6), clusters(203, spread=1.6, seed=1)
+    ks = [1, 5, 20, 100, 500]
+    found = knn.knn_accuracies(bank, queries, ks=ks, temperature=0.07, device=torch.device("cpu"))
+    assert found == [brute_force(bank, queries, k) for k in ks]
+    assert len(set(found)) > 2
 
 
-def test_a_class_token_that_is_not_there_is_refused(loaded_run):
-    loaded = loaded_run("mae")
-    loaded.encoder.forward = lambda images: Features(torch.zeros(2, 0, 32), torch.zeros(2, 16, 32))
-    assert pooled(loaded, "mean")(torch.rand(2, 3, 32, 32)).shape == (2, 32)
-    with pytest.raises(ConfigError, match="no class token; use pool=mean"):
-        pooled(loaded, "class")(torch.rand(2, 3, 32, 32))
+def test_neighbours_are_those_of_a_full_sort_and_of_equal_ones_the_first(monkeypatch):
+    """Every row of the bank comes three times, in different pieces."""
+    monkeypatch.setattr(knn, "BANK_ROWS", 16)
+    once = noise(20)
+    bank = Split(once.features.repeat(3, 1), once.labels.repeat(3))
+    queries = noise(7, seed=1)
+    ((similarity, ids),) = knn.neighbours(bank, queries, range(0, 7, 512), 60, torch.device("cpu"))
+    mean, std = bank.features.mean(0), bank.features.std(0) + 1e-6
+    keys, points = (F.normalize((x - mean) / std, dim=1) for x in (bank.features, queries.features))
+    expected = (points @ keys.T).sort(dim=1, descending=True, stable=True)
+    assert torch.allclose(similarity, expected.values, atol=1e-6)
+    assert (similarity < 0).any()
+    assert (ids.view(7, 20, 3).diff(dim=2) == 20).all()  # i, i + 20, i + 40
 
 
-def test_a_tokenizer_run_is_refused(loaded_run):
-    with pytest.raises(ConfigError, match="has no encoder"):
-        pooled(loaded_run("tokenize"), "mean")
+def test_a_bank_without_labels_is_refused():
+    empty = Split(torch.zeros(0, 16), torch.zeros(0, dtype=torch.int64))
+    with pytest.raises(ConfigError, match="has no image with a label"):
+        accuracy(empty, clusters(8))
 
 
-def test_features_come_with_their_own_labels_and_a_limit_takes_a_subset(loaded_run):
-    """The label of a row is that of the picture in the row: the red, green or blue one."""
-    loaded = loaded_run("mae")
-    train, _ = build.open_data(loaded.config)
-
-    def spread(images):  # the channel of the stripes varies most
-        return images.flatten(2).std(dim=2)
-
-    whole = extract(train, loaded.views, spread, batch_size=7, limit=None)
-    assert len(whole.labels) == len(train)
-    assert train.classes == ["columns", "rows", "slopes"]
-    assert torch.equal(whole.features.argmax(dim=1), whole.labels)
-    part = extract(train, loaded.views, spread, batch_size=7, limit=9)
-    assert len(part.labels) == 9
-    assert {tuple(row) for row in part.features.tolist()} <= {tuple(row) for row in whole.features.tolist()}
-
-
-def test_data_without_labels_is_refused_with_the_remedy(loaded_run, image_folder, tmp_path):
-    make(image_folder, tmp_path / "unlabelled", workers=1)
-    with pytest.raises(
-        ConfigError, match="has no labels; make its shards with `mim shards make --labels-from-folders`"
-    ):
-        extract(Dataset.open(tmp_path / "unlabelled"), loaded_run("mae").views, None, batch_size=8, limit=None)
-
-
-def test_data_without_a_held_out_split_is_refused_with_the_remedy(loaded_run, shards):
-    loaded = loaded_run("mae")
-    loaded.config["data"]["path"] = str(shards / "train")
-    with pytest.raises(ConfigError, match="there is no held-out split"):
-        dict(knn.run(loaded, knn.Config()))
+# ---- the evaluation ------------------------------------------------------------------------------
 
 
 def test_the_evaluation_beats_chance_on_pictures_of_other_colours(loaded_run):
@@ -159,13 +142,18 @@ def test_the_evaluation_beats_chance_on_pictures_of_other_colours(loaded_run):
     assert dict(knn.run(loaded_run("mae"), knn.Config(k=5)))["knn"] > 0.9
 
 
-def test_the_evaluation_never_looks_at_the_training_view(loaded_run, monkeypatch):
-    loaded = loaded_run("mae")
-    monkeypatch.setattr(loaded.views, "train", None)
-    seen = []
-    evaluate = stream.evaluate
-    monkeypatch.setattr(
-        stream, "evaluate", lambda *a, **options: seen.append(options["view"]) or evaluate(*a, **options)
-    )
-    dict(knn.run(loaded, knn.Config()))
-    assert seen == [loaded.views.evaluation] * 2
+def test_the_first_number_is_that_of_k_and_further_ones_are_named_by_k_and_column(loaded_run):
+    found = dict(knn.run(loaded_run("mae"), knn.Config(k=5, ks=[1, 5, 1000], layers=[1, -1], pools=["class"])))
+    names = ["knn", "knn_-1/class", "knn_1/mean", "knn_1/class"]
+    assert list(found) == [key for name in names for key in (name, f"{name}_k1", f"{name}_k5")]
+    assert all(found[name] == found[f"{name}_k5"] for name in names)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"k": 0}, "k=0 and ks=.* must be at least 1"), ({"ks": [5, -1]}, "ks=.* must be at least 1"),
+     ({"temperature": 0.0}, "temperature=0 must be above 0")],
+)  # fmt: skip
+def test_numbers_that_nobody_can_mean_are_refused(loaded_run, options, message):
+    with pytest.raises(ConfigError, match=message):
+        dict(knn.run(loaded_run("mae"), knn.Config(**options)))

@@ -29,6 +29,15 @@ SEGMENTED = {  # peak rate, where the warm-up begins, positions of the encoder, 
     "segment_upernet_maeb16_ade20k": (1e-4, 1e-10, "learn", 76.8),
 }
 
+FINETUNED = {  # batch, peak rate, warm-up and all epochs, layer decay, drop path, head's first std, million parameters
+    "classify_maeb16_in1k": (1024, 2e-3, 5, 100, 0.65, 0.1, 2e-5, 85.8),
+    "classify_mael16_in1k": (1024, 4e-3, 5, 50, 0.75, 0.2, 2e-5, 303.3),
+    "classify_beitb16_in1k": (1024, 4e-3, 20, 100, 0.65, 0.1, 2e-5, 85.8),
+    "classify_beitl16_in1k": (1024, 1e-3, 5, 50, 0.75, 0.2, 2e-5, 303.4),
+    "classify_beit2b16_in1k": (1024, 5e-4, 20, 100, 0.6, 0.2, 2e-5, 85.8),
+    "classify_deits16_in1k": (1024, 1e-3, 5, 300, None, 0.1, 0.02, 21.7),
+}
+
 RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
 
@@ -150,11 +159,29 @@ def test_a_published_recipe_of_segmentation_says_what_was_published(name):
     assert heads / 1e6 == pytest.approx(millions, rel=0.01)
 
 
-@pytest.mark.parametrize("name", [*PUBLISHED, *SEGMENTED, "dvae_dalle_in1k"])
+@pytest.mark.parametrize("name", FINETUNED)
+def test_a_published_recipe_of_fine_tuning_says_what_was_published(name):
+    batch_size, lr, warmup, epochs, decay, drop_path, std, millions = FINETUNED[name]
+    cfg = config.typed(train.Config, config.read(name))
+    rates = optim.resolve(cfg.optim, IN1K)
+    assert (cfg.optim.batch_size, rates.lr, cfg.optim.betas) == (batch_size, pytest.approx(lr), [0.9, 0.999])
+    assert rates.warmup_steps == math.ceil(warmup * IN1K / batch_size)
+    assert rates.total_steps == math.ceil(epochs * IN1K / batch_size)
+    assert (cfg.optim.layer_decay, cfg.encoder["drop_path_rate"], cfg.optim.weight_decay) == (decay, drop_path, 0.05)
+    built = built_from(config.find_recipe(name))
+    found = built.objective.cfg
+    assert (found.mixup_alpha, found.cutmix_alpha, found.erase_rate, found.label_smoothing) == (0.8, 1.0, 0.25, 0.1)
+    assert (found.head_std, found.num_classes) == (std, 1000)
+    assert built.views.data.view["policy"] == "rand-m9-mstd0.5-inc1"
+    assert sum(p.numel() for p in built.encoder.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, *FINETUNED, *SEGMENTED, "dvae_dalle_in1k"])
 def test_every_line_of_a_published_recipe_that_decides_names_its_source(name):
     """The sections of the optimizer and the mask, and what the objective is told."""
     section = ""
     for line in config.find_recipe(name).read_text().splitlines():
         section = line.removesuffix(":") if re.fullmatch(r"\w+:", line) else section
-        if section in ("optim", "objective") and line.startswith("  ") and "name:" not in line:
+        known = line.strip().startswith(("name:", "num_classes: 1000"))
+        if section in ("optim", "objective") and line.startswith("  ") and not known:
             assert "  # " in line, line

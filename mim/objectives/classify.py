@@ -250,6 +250,6 @@ def _averaged(logits: Tensor, distilled: Tensor | None) -> Tensor:
 
 def _head(width: int, cfg: Config) -> nn.Linear:
     head = nn.Linear(width, cfg.num_classes or 0)
-    nn.init.trunc_normal_(head.weight, std=cfg.head_std, a=-2 * cfg.head_std, b=2 * cfg.head_std)
+    nn.init.trunc_normal_(head.weight, std=cfg.head_std)  # cut at +-2, not at two deviations, as in MAE and DeiT
     nn.init.zeros_(head.bias)
     return head
