@@ -146,6 +146,7 @@ def bench_data(
         batch_size=min(cfg.optim.batch_size, 256),
         workers=num_workers(cfg.train.workers),
         device=device or torch.device("cpu"),
+        label_maps=views.label_maps,
         seconds=seconds,
     )
     click.echo(json.dumps(found.json(), indent=1) if as_json else found.text())
@@ -153,48 +154,74 @@ def bench_data(
 
 @cli.command("eval")
 @click.argument("name")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("model")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--step", type=int, help="Checkpoint to evaluate; default: the newest valid one.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for pictures; default: RUN/pictures.")
 @plugin_option
 def evaluate(
-    name: str, run: Path, overrides: tuple[str, ...], step: int | None, out: Path | None, plugins: tuple[str, ...]
+    name: str, model: str, overrides: tuple[str, ...], step: int | None, out: Path | None, plugins: tuple[str, ...]
 ) -> None:
-    """Run evaluation NAME on a RUN directory and print what it yields as JSON.
+    """Run evaluation NAME on a MODEL and print what it yields as JSON.
 
-    RUN may be a tokenizer's folder (`mim tokenizer import`), with the images to look at as data.KEY=VALUE. The score
-    card of its codebook is then written into the folder, too.
+    MODEL is a run directory, a folder of `mim export timm`, or a timm name (timm:NAME, too). The last two need images,
+    as data.path=SHARDS, and so may a run be judged on others; data.image_size and the like go with them. A timm name
+    has random weights, unless pretrained=true (downloads them) or init=FILE.
+
+    MODEL may be a tokenizer's folder (`mim tokenizer import`), too, with the images to look at as data.KEY=VALUE. The
+    score card of its codebook is then written into the folder.
 
     \b
     Examples:
       mim eval knn runs/mae_vittiny_cifar10
-      mim eval ridge runs/mae_vittiny_cifar10 pool=class
+      mim eval knn runs/mae_vittiny_cifar10 layers=[4,8] pools=[class] cache=features/
+      mim eval ridge runs/mae_vittiny_cifar10 pool=class data.path=shards/photos
+      mim eval knn exports/cifar10 data.path=shards/photos
+      mim eval knn vit_small_patch16_224.augreg_in21k pretrained=true data.path=shards/photos
+      mim eval embed runs/mae_vittiny_cifar10 shards/photos features/photos
       mim eval reconstruction runs/beit_vittiny_cifar10 num_images=16
       mim eval codebook tokenizers/dalle data.path=shards/photos data.image_size=112
+      torchrun --nproc_per_node 8 -m mim eval knn runs/mae_vittiny_cifar10
     """
     import torch
 
     import tokenizer as tokenizers
-    from mim import build, config
+    from mim import build, config, features, judged
+    from mim.log import heard
     from mim.train import record
 
-    options = pairs(overrides)
-    folder = (run / tokenizers.DESCRIPTION).is_file()  # a tokenizer alone: the images are named here
-    data = {key.removeprefix("data."): options.pop(key) for key in list(options) if folder and key.startswith("data.")}
-    if folder and step is not None:
-        raise click.UsageError(f"--step chooses a checkpoint of a run, but {run} is a tokenizer's folder; leave it out")
-    with config.plugins(plugins):
-        module, cfg = config.component("mim.evals", {"name": name, **options}, "eval")
-        loaded = build.load_tokenizer(run, data) if folder else build.load_run(run, step=step)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    for network in (loaded.objective, *loaded.frozen.values()):
-        network.to(device)
-    with torch.no_grad():
-        numbers, pictures = record(module.run(loaded, cfg), out or run / "pictures", loaded.step)
-    if folder and name == "codebook" and not (run / "manifest.json").exists():  # a checkpoint's files are hashed
-        tokenizers.write_card(run, numbers)
-    click.echo(json.dumps({"run": str(run), "step": loaded.step, "eval": name, **numbers, **pictures}, indent=1))
+    main, device = launched()
+    folder = Path(model)
+    with config.plugins(plugins), heard(main):
+        module, _ = config.component("mim.evals", {"name": name}, "eval")
+        options = pairs(named_arguments(overrides, getattr(module, "ARGUMENTS", ())))
+        data = nested({key.removeprefix("data."): options.pop(key) for key in list(options) if key.startswith("data.")})
+        is_run, is_tokenizer = (folder / "config.yaml").is_file(), (folder / tokenizers.DESCRIPTION).is_file()
+        if step is not None and not is_run and folder.exists():
+            raise click.UsageError(f"--step chooses a checkpoint of a run, but {model} is none; leave it out")
+        of_model = {} if is_run or is_tokenizer else {k: options.pop(k) for k in judged.OPTIONS if k in options}
+        _, cfg = config.component("mim.evals", {"name": name, **options}, "eval")
+        if is_tokenizer:
+            loaded = build.load_tokenizer(folder, data)
+        elif is_run:
+            loaded = build.load_run(folder, step=step)
+            loaded = judged.on(loaded, data) if data else loaded
+        else:
+            loaded = judged.load(model, data, of_model)
+        for network in (loaded.objective, *loaded.frozen.values()):
+            network.to(device)
+        place = out or (folder if is_run or is_tokenizer else Path()) / "pictures"
+        with torch.no_grad():
+            numbers, pictures = record(module.run(loaded, cfg), place, loaded.step, main=main)
+        if not main:
+            return
+        facts = {"protocol": features.protocol(loaded, cfg)}
+        if loaded.encoder is not None:
+            facts["weights"] = features.weights_of(loaded)[:12]
+    if is_tokenizer and name == "codebook" and not (folder / "manifest.json").exists():  # a checkpoint's are hashed
+        tokenizers.write_card(folder, numbers)
+    told = {"run": model, "step": loaded.step, "eval": name, **facts}
+    click.echo(json.dumps({**told, **numbers, **pictures}, indent=1))
 
 
 @cli.command()
@@ -254,6 +281,45 @@ def tokenizer_import(files: tuple[Path, ...], out: Path, as_json: bool) -> None:
 
     report = import_tokenizer(files, out)
     click.echo(json.dumps({**vars(report), "out": str(out)}, indent=1) if as_json else "\n".join(report.lines()))
+
+
+def launched() -> tuple[bool, Any]:
+    """Whether this process is the one that prints, and its device; joins the other processes of a launch."""
+    import torch
+
+    on_gpu = torch.accelerator.is_available()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
+
+        state = PartialState(cpu=not on_gpu)
+        return state.is_main_process, state.device
+    return True, torch.accelerator.current_accelerator() if on_gpu else torch.device("cpu")
+
+
+def named_arguments(arguments: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, ...]:
+    """Arguments as key=value: the first ones may be the values alone of these names."""
+    found = list(arguments)
+    for number, name in enumerate(names):
+        if number >= len(found) or "=" in found[number]:
+            break
+        found[number] = f"{name}={json.dumps(found[number])}"
+    return tuple(found)
+
+
+def nested(options: dict[str, Any]) -> dict[str, Any]:
+    """Options with dotted keys as a section: {"a.b": 1} -> {"a": {"b": 1}}."""
+    from mim.config import ConfigError
+
+    section: dict[str, Any] = {}
+    for key, value in options.items():
+        *parents, last = key.split(".")
+        inside = section
+        for parent in parents:
+            inside = inside.setdefault(parent, {})
+            if not isinstance(inside, dict):
+                raise ConfigError(f"data.{key}: data.{parent} is given as a value, too; keep one of them")
+        inside[last] = value
+    return section
 
 
 def pairs(overrides: tuple[str, ...]) -> dict[str, Any]:

@@ -91,7 +91,6 @@ def blocks_of(num_rows: int, batch_size: int) -> list[Block]:
     return found
 
 
-@torch.no_grad()
 def extract(
     dataset: AnyDataset,
     views: build.Views,
@@ -105,6 +104,23 @@ def extract(
     """Embed every sample of a dataset once; called by all ranks, each gets everything."""
     store = store or Memory(device)
     blocks = blocks_of(len(stream.evaluated(dataset, limit=limit)), batch_size)
+    fill(dataset, views, embed, store, blocks, device=device, batch_size=batch_size, limit=limit)
+    return store.finish(blocks)
+
+
+@torch.no_grad()
+def fill(
+    dataset: AnyDataset,
+    views: build.Views,
+    embed: Embed,
+    store: Store,
+    blocks: list[Block],
+    *,
+    device: torch.device,
+    batch_size: int,
+    limit: int | None = None,
+) -> None:
+    """Make this rank's share of the blocks that a store lacks."""
     rank, world = ranks.place()
     missing = store.missing(blocks)
     mine = missing[rank::world]
@@ -127,7 +143,6 @@ def extract(
         found = [_part(next(batches), embed, device) for _ in block.micro_batches]
         store.put(block, _joined(found))
         pace.advance((block.end - block.start) * world)
-    return store.finish(blocks)
 
 
 def _workers(device: torch.device, num_batches: int) -> int:

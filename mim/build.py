@@ -39,6 +39,7 @@ class Views:
     evaluation: Callable[..., Any]
     mask: Callable[[np.random.Generator], np.ndarray] | None  # bound to the patch grid
     cache: tokens.TokenCache | None = None  # of the codes, where the recipe names one
+    label_maps: bool = False  # whether the objective reads them
 
     @property
     def train_sizes(self) -> list[tuple[int, int]]:
@@ -89,7 +90,8 @@ def _build(sections: Sections, dataset: AnyDataset | None, load_frozen: bool, tr
     size = image_size(data)
     objective_module, objective_cfg = config.component("mim.objectives", sections.get("objective"), "objective")
     if hasattr(objective_cfg, "num_classes"):
-        objective_cfg.num_classes = num_classes(objective_cfg.num_classes, dataset)
+        of_pixels = getattr(objective_module, "CLASSES", "labels") == "label_maps"
+        objective_cfg.num_classes = num_classes(objective_cfg.num_classes, dataset, of_pixels=of_pixels)
     resolved = {**sections, "data": config.plain(data)}
     resolved["objective"] = {"name": sections["objective"]["name"], **config.plain(objective_cfg)}
 
@@ -141,8 +143,10 @@ def _build(sections: Sections, dataset: AnyDataset | None, load_frozen: bool, tr
     view = config.bind("mim.data.augment", data.view, "data.view")
     eval_view = config.bind("mim.data.augment", data.eval_view, "data.eval_view")
     _check_views(data, dataset)
+    if reads_maps := "label_maps" in objective.reads:
+        _check_label_maps(data)
     sizes = sizes[:1] if sizes[-1] == sizes[0] else sizes
-    views = Views(data, sizes, view, eval_view, mask, cache)
+    views = Views(data, sizes, view, eval_view, mask, cache, reads_maps)
     if cache is not None and encoder is not None:
         resolved["tokens"] = str(cache.path.absolute())
         if dataset is not None:
@@ -170,6 +174,16 @@ def _check_views(data: stream.Config, dataset: AnyDataset | None) -> None:
             raise ConfigError(
                 f"data.{key}.name={view['name']} takes 8-bit images of 1 or 3 channels, not {data.channels} of "
                 f"{dtype}; use {view['name'].removeprefix('gray_').removeprefix('rand_augment_')}"
+            )
+
+
+def _check_label_maps(data: stream.Config) -> None:
+    """Refuse views that leave label maps aside."""
+    for key, view in (("view", data.view), ("eval_view", data.eval_view)):
+        if not view["name"].startswith("segment_"):
+            raise ConfigError(
+                f"data.{key}.name={view['name']} shows no label maps, which the objective reads; use "
+                f"{'segment_crop' if key == 'view' else 'segment_whole'}"
             )
 
 
@@ -207,8 +221,8 @@ def statistics(channels: int, dataset: AnyDataset | None) -> tuple[list[float], 
     return [float(np.mean(dataset.mean))] * channels, [float(np.mean(dataset.std))] * channels
 
 
-def num_classes(stated: int | None, dataset: AnyDataset | None) -> int:
-    """The classes of an objective: as its recipe states them, or the dataset's; the two must agree."""
+def num_classes(stated: int | None, dataset: AnyDataset | None, *, of_pixels: bool) -> int:
+    """The classes of an objective, of images or of pixels: as its recipe states them, or the dataset's; both agree."""
     if dataset is None:
         if stated is None:
             raise ConfigError(
@@ -216,13 +230,16 @@ def num_classes(stated: int | None, dataset: AnyDataset | None) -> int:
                 "objective.num_classes=1000"
             )
         return stated
-    if dataset.classes is None:
-        raise ConfigError(
-            f"{dataset.path} has no labels; make its shards with `mim shards make --labels-from-folders`, or set "
-            f"data.labels_from_folders=true for an image folder"
+    classes = dataset.pixel_classes if of_pixels else dataset.classes
+    if classes is None:
+        missing = (
+            "label maps; make its shards with `mim shards make IMAGES OUT --masks DIR`"
+            if of_pixels
+            else "labels; make its shards with `mim shards make --labels-from-folders`, or set "
+            "data.labels_from_folders=true for an image folder"
         )
-    found = len(dataset.classes)
-    if stated not in (None, found):
+        raise ConfigError(f"{dataset.path} has no {missing}")
+    if stated not in (None, found := len(classes)):
         raise ConfigError(
             f"objective.num_classes={stated}, but {dataset.path} has {found}; set objective.num_classes={found}, or "
             f"leave it out"
@@ -241,6 +258,10 @@ def open_data(sections: Sections) -> tuple[AnyDataset, shards.Dataset | None]:
             raise ConfigError(
                 f"{held_out.path} has {held_out.channels} channels of {held_out.dtype}, but {train.path} has "
                 f"{train.channels} of {train.dtype}; hold out images of the same kind"
+            )
+        if None not in (both := (train.pixel_classes, held_out.pixel_classes)) and both[0] != both[1]:
+            raise ConfigError(
+                f"{held_out.path} has other classes of pixels than {train.path}; make both with the same --classes"
             )
         same = held_out.channels == train.channels
         held_out.map_range(train.range if same else raw_range(data, held_out))

@@ -18,6 +18,8 @@ A `Batch` is a dict:
     teacher_logits     (B, classes) written by a frozen classifier (DeiT)
     codes              (B, N) int64, written by the frozen tokenizer, or by the loader from a token cache
     labels             (B,) int64, -1 = unknown; absent when the dataset has none
+    label_maps         (B, H, W) class of every pixel of `images`, uint8 in the loader, int64 on the device; IGNORE
+                       where there is none: unlabelled, beyond the image, rows that only pad; absent unless asked for
     soft_labels        (B, classes), written by `classify` where it mixes images
     keys               list[str], "shard.tar/sample", for messages and pictures; of a mixture after the source's path
     position           int, global positions consumed after this step
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Batch = dict[str, Any]
+IGNORE = 255  # in `label_maps`: no class
 
 
 class DataError(ValueError):

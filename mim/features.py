@@ -6,6 +6,7 @@ DINOv2 is evaluated (Oquab et al. 2023, arXiv 2304.07193, appendix B.3), where i
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,12 +18,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from mim import build, config, ranks
+from mim import build, config, frozen_networks, ranks
 from mim.bank import Bank, Embed, Split, extract
 from mim.config import ConfigError
 from mim.contracts import Features, LoadedRun
 from mim.data import stream
 from mim.data.mixture import AnyDataset
+from mim.feature_cache import FeatureCache
 
 __all__ = ["Bank", "Embed", "Split", "Wanted", "bank", "banks", "embed_splits", "embedder", "protocol"]
 
@@ -98,12 +100,16 @@ def bank(
     *,
     batch_size: int = 256,
     limit: int | None = None,  # a fixed random subset; None: all
-    cache: Path | None = None,  # folder of features on disk
+    cache: str | Path | None = None,  # folder that keeps the features
 ) -> Bank:
     """The wanted features of every sample of a dataset; called by all ranks, each gets everything."""
     embed = embedder(loaded, wanted)
     device = next(loaded.encoder.parameters()).device
-    return extract(dataset, loaded.views, embed, device=device, batch_size=batch_size, limit=limit)
+    store = None
+    if cache is not None:
+        found = binding(loaded, dataset, wanted, batch_size=batch_size, limit=limit)
+        store = FeatureCache(Path(cache), found, device)
+    return extract(dataset, loaded.views, embed, device=device, batch_size=batch_size, limit=limit, store=store)
 
 
 def banks(
@@ -113,7 +119,7 @@ def banks(
     batch_size: int = 256,
     train_limit: int | None = None,
     val_limit: int | None = None,
-    cache: Path | None = None,
+    cache: str | Path | None = None,
 ) -> tuple[Bank, Bank]:
     """The wanted features of the labelled training and held-out split of a run's data."""
     train, val = labelled_data(loaded)
@@ -121,6 +127,28 @@ def banks(
         bank(loaded, train, wanted, batch_size=batch_size, limit=train_limit, cache=cache),
         bank(loaded, val, wanted, batch_size=batch_size, limit=val_limit, cache=cache),
     )
+
+
+def binding(
+    loaded: LoadedRun, dataset: AnyDataset, wanted: Wanted, *, batch_size: int, limit: int | None
+) -> dict[str, Any]:
+    """All that decides the features of a dataset, to the last bit on one machine, as plain data."""
+    encoder = loaded.encoder
+    architecture = {key: value for key, value in (loaded.config.get("encoder") or {}).items() if key != "init"}
+    samples = stream.evaluated(dataset, limit=limit)
+    return {
+        "format": PROTOCOL,
+        "weights": weights_of(loaded),
+        "encoder": config.plain(architecture),
+        "mean": encoder.mean.flatten().tolist(),
+        "std": encoder.std.flatten().tolist(),
+        "data": dataset.id,
+        "samples": hashlib.sha256(samples.astype("<i8").tobytes()).hexdigest(),
+        "pixels": pixels(loaded, dataset),
+        "wanted": config.plain(wanted),
+        "batch_size": batch_size,
+        "made": {"torch": torch.__version__, "device": next(encoder.parameters()).device.type},
+    }
 
 
 def embed_splits(
@@ -167,6 +195,11 @@ def protocol(loaded: LoadedRun, cfg: Any) -> str:
         "pixels": pixels(loaded, train),
     }
     return config.digest(content)[:12]
+
+
+def weights_of(loaded: LoadedRun) -> str:
+    """The hash of the encoder's weights."""
+    return frozen_networks.weights_hash(loaded.encoder)
 
 
 def pixels(loaded: LoadedRun, dataset: AnyDataset) -> dict[str, Any]:

@@ -246,6 +246,8 @@ def _batch(built: build.Built, rows: int) -> Batch:
     batch["noise"] = torch.zeros(rows, dtype=torch.int64)
     batch["weight"] = torch.ones(rows)
     batch["labels"] = torch.zeros(rows, dtype=torch.int64)
+    if built.views.label_maps:
+        batch["label_maps"] = torch.zeros(rows, *built.views.sizes[0], dtype=torch.int64)  # (B, H, W)
     batch["epoch"] = 0
     return batch
 

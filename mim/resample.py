@@ -1,16 +1,23 @@
 """Released tensors in the shapes that an encoder wants, all by timm's functions.
 
-Positions are resampled bicubically, tables of relative positions on a geometric grid with the three extra rows kept,
-patch embeddings by the pseudo-inverse of the resize (FlexiViT: Beyer et al. 2023, arXiv 2212.08013, section 3.4), and
-input channels by timm's rule: the sum over colours for one channel, else colours repeated and scaled by 3 / C.
+Positions are resampled bicubically, so that the patch size stays and there are more patches (Dosovitskiy et al. 2021,
+arXiv 2010.11929, section 3.2), tables of relative positions on a geometric grid with the three extra rows kept, patch
+embeddings by the pseudo-inverse of the resize (FlexiViT: Beyer et al. 2023, arXiv 2212.08013, section 3.4), and input
+channels by timm's rule: the sum over colours for one channel, else colours repeated and scaled by 3 / C.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
-from timm.layers import resample_abs_pos_embed, resample_patch_embed, resize_rel_pos_bias_table
+from timm.layers import (
+    resample_abs_pos_embed,
+    resample_abs_pos_embed_nhwc,
+    resample_patch_embed,
+    resize_rel_pos_bias_table,
+)
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
@@ -18,6 +25,7 @@ from mim.config import ConfigError
 
 Tensors = dict[str, Tensor]
 TABLE = "relative_position_bias_table"
+POSITIONS = re.compile(r"^pos_embed(_\d+)?$")  # also of CrossViT's two branches, of Hiera and VOLO
 
 
 def shape_of(tensor: Tensor) -> str:
@@ -35,7 +43,30 @@ def fit(name: str, tensor: Tensor, like: Tensor, backbone: nn.Module) -> tuple[T
         owner = backbone.get_submodule(name.rpartition(".")[0])
         window: Any = owner.window_size
         return resize_rel_pos_bias_table(tensor.float(), window, tuple(like.shape)), ["table of relative positions"]
+    if POSITIONS.search(name) and tensor.ndim == like.ndim and tensor.shape[-1] == like.shape[-1]:
+        return position_map(tensor.float(), like)
     return None
+
+
+def position_map(table: Tensor, like: Tensor) -> tuple[Tensor, list[str]] | None:
+    """Positions that a family keeps in a way of its own: (1, h, w, D), or (1, R + N, D) of a square grid."""
+    if table.ndim == 4:
+        sizes = tuple(table.shape[1:3]), tuple(like.shape[1:3])
+        resized = resample_abs_pos_embed_nhwc(table, new_size=list(sizes[1]))
+        return resized, [told(*sizes)]
+    for prefix in (0, 1):
+        counts = [shape[1] - prefix for shape in (table.shape, like.shape)]
+        sides = [round(max(count, 0) ** 0.5) for count in counts]
+        if [side * side for side in sides] == counts:
+            sizes = (sides[0], sides[0]), (sides[1], sides[1])
+            options: Any = {"new_size": list(sizes[1]), "old_size": list(sizes[0]), "num_prefix_tokens": prefix}
+            return resample_abs_pos_embed(table, **options), [told(*sizes)]
+    return None
+
+
+def told(before: tuple[int, ...], after: tuple[int, ...]) -> str:
+    """What became of a grid of positions."""
+    return f"positions {before[0]}x{before[1]} -> {after[0]}x{after[1]}, bicubic"
 
 
 def patch_embedding(tensor: Tensor, like: Tensor) -> tuple[Tensor, list[str]] | None:
@@ -76,8 +107,7 @@ def fit_positions(tensors: Tensors, backbone: Any, source_grid: tuple[int, int] 
         table = torch.cat([table.new_zeros(1, wanted, table.shape[-1]), table], dim=1)
     if source_grid != grid:
         table = resample_abs_pos_embed(table, new_size=list(grid), old_size=list(source_grid), num_prefix_tokens=wanted)
-        h, w = source_grid
-        steps.append(f"positions {h}x{w} -> {grid[0]}x{grid[1]}, bicubic")
+        steps.append(told(source_grid, grid))
     changed["pos_embed"] = table
     return changed, steps
 

@@ -34,6 +34,11 @@ def shards() -> None:
 @click.option("--shard-size", default=1000, show_default=True, help="Images per shard.")
 @click.option("--resize", metavar="short=N", help="Shrink images whose short side exceeds N pixels, as JPEG.")
 @click.option("--quality", type=int, help="Of the JPEGs that --resize writes; default: 90.")
+@click.option("--masks", help="Folder of PNGs with the class of every pixel, a/x.png beside SOURCE's a/x.jpg.")
+@click.option("--classes", help="Of the masks: how many, or a file of one name per line; default: those that occur.")
+@click.option("--mask-suffix", metavar="A=B", help="The mask of a/xA.jpg is a/xB.png.")
+@click.option("--zero-ignored", is_flag=True, help="0 in a mask is no class, the others move down by one (ADE20K).")
+@click.option("--skip-unpaired", is_flag=True, help="Leave images without a mask aside, and masks without an image.")
 @click.option("--seed", default=0, show_default=True, help="Of the shuffle and the split.")
 @click.option("--workers", type=click.IntRange(min=1), help="Processes; default: the allowed CPUs.")
 @click.option("--max-left-out", type=int, help="Unreadable images accepted; default: 1 % but at least 10.")
@@ -52,6 +57,7 @@ def shards_make(source: str, out: Path, resize: str | None, part: str | None, as
       mim shards make data/cifar10/train shards/cifar10 --labels-from-folders
       mim shards make photos.csv shards/photos --resize short=256 --quality 90
       mim shards make tars/ shards/photos --labels cls --part 3/8
+      mim shards make images/ shards/ade20k --masks annotations/ --zero-ignored --classes names.txt
     """
     from mim.data.make import make
     from mim.data.parts import parse_part
@@ -128,6 +134,8 @@ def shards_reshard(dataset: Path, out: Path, num_shards: int, workers: int | Non
 @click.option("--headers-only", is_flag=True, help="Read only the tars' headers, by ranges: no CRC32, no sha256.")
 @click.option("--labels", type=click.Choice(["cls"]), help="Read the class of each sample from its member .cls.")
 @click.option("--image", help="Ending of the image member, for samples that have several or an unusual one.")
+@click.option("--label-maps", metavar="ENDING", help="Of the member with the class of every pixel, e.g. seg.png.")
+@click.option("--classes", "pixel_classes", help="Of the label maps: how many, or a file of one name per line.")
 @click.option("--workers", type=click.IntRange(min=1), help="Processes; default: the allowed CPUs.")
 @click.option("--part", help="i/n: only every n-th tar, from the i-th; then `mim shards join OUT`.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
@@ -140,6 +148,7 @@ def shards_index(urls: tuple[str, ...], out: Path, part: str | None, as_json: bo
     Examples:
       mim shards index /data/imagenet shards/imagenet --labels cls
       mim shards index 'https://example.org/train-{0000..0127}.tar' shards/web --headers-only
+      mim shards index /data/street shards/street --label-maps seg.png --classes 19
     """
     from mim.data.index import index
     from mim.data.parts import parse_part

@@ -37,6 +37,7 @@ class Survey:
     depth: int
     depths: dict[str, int]  # parameter -> depth
     maps: dict[int, int]  # block -> index among the model's intermediate maps
+    stages: dict[int, tuple[int, int]]  # block -> width and stride in pixels of its map
     stems: list[Stem]
     unread: set[str]  # parameters on which no map depends
 
@@ -76,7 +77,9 @@ def survey(model: Any, image_size: tuple[int, int], channels: int) -> Survey:
     features = final_norm(model)(as_tokens(output))
     gradients = torch.autograd.grad(features.sum(), list(trained.values()), allow_unused=True)
     unread = {name for name, gradient in zip(trained, gradients, strict=True) if gradient is None}
-    return Survey(width, image_size[0] // h, depth, depths, _maps(modules, depths, depth), stems, unread)
+    maps = _maps(modules, depths, depth)
+    stages = _stages(model, images, maps)
+    return Survey(width, image_size[0] // h, depth, depths, maps, stages, stems, unread)
 
 
 def _depths(model: Any) -> dict[str, int]:
@@ -109,6 +112,14 @@ def _maps(modules: dict[str, int], depths: dict[str, int], depth: int) -> dict[i
             end = min(max(inside), depth) - 1
             maps |= dict.fromkeys(range(end, depth) if index == last else [end], index)
     return maps | {depth - 1: last}
+
+
+def _stages(model: Any, images: Tensor, maps: dict[int, int]) -> dict[int, tuple[int, int]]:
+    """Width and stride in pixels of the map of every block that has one."""
+    indices = sorted(set(maps.values()))
+    outputs = model.forward_intermediates(images, indices=indices, intermediates_only=True)
+    sizes = {i: (x.shape[1], images.shape[2] // x.shape[2]) for i, x in zip(indices, outputs, strict=True)}
+    return {block: sizes[index] for block, index in maps.items()}
 
 
 def _stem_names(model: nn.Module) -> list[str]:

@@ -28,6 +28,7 @@ from mim import __version__, build, checkpoint, config, experiment, frozen_netwo
 from mim.config import ConfigError
 from mim.contracts import Batch, DataError, LoadedRun
 from mim.data import mixture, quarantine, shuffle, stages, stream
+from mim.features import protocol
 from mim.log import Averages, Progress, RunLog, heard, say, write_json
 from mim.schedules import to_steps
 
@@ -320,6 +321,7 @@ def loader(job: Job, start: int) -> Any:
         known=job.journal.bad,
         views=built.views.data.views,
         codes=built.views.cache.codes if built.views.cache is not None else None,
+        label_maps=built.views.label_maps,
         workers=num_workers(cfg.train.workers),
         pin_memory=accelerator.device.type == "cuda",
     )
@@ -434,11 +436,11 @@ def look(job: Job, name: str, step: int, log: RunLog | None) -> None:
         numbers, pictures = record(module.run(loaded, cfg), job.run / "pictures", step, main=main_rank)
     if name == "codebook":
         job.card = numbers
-    shown = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())
+    shown = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items() if "/" not in key)  # not of every class
     say(f"step {step}/{job.rates.total_steps}  {name}: {shown or ', '.join(pictures.values())}", main=main_rank)
     job.accelerator.log({f"{name}/{key}": value for key, value in numbers.items()}, step=step)
     if log is not None:
-        log.write("eval", step, eval=name, **numbers, **pictures)
+        log.write("eval", step, eval=name, protocol=protocol(loaded, cfg), **numbers, **pictures)
 
 
 def record(values: Any, folder: Path, step: int, *, main: bool = True) -> tuple[dict[str, float], dict[str, str]]:

@@ -171,7 +171,7 @@ def fill_encoder(encoder: Any, layout: layouts.Layout, opened: weight_files.Sour
     report.notes += remarks
     check_heads(backbone, opened, report)
     original, how = dict(given), {}
-    if "pos_embed" in wanted and "pos_embed" in given:
+    if "pos_embed" in wanted and "pos_embed" in given and hasattr(backbone.patch_embed, "grid_size"):
         given, how["pos_embed"] = positions(given, backbone, opened)
     found: dict[str, Tensor] = {}
     mismatched = []
@@ -194,10 +194,11 @@ def fill_encoder(encoder: Any, layout: layouts.Layout, opened: weight_files.Sour
             found[name] = torch.full_like(wanted[name], value)
             report.neutral.append(name)
     absent = [n for n in wanted if n not in found and not n.endswith(BUFFERS)]
-    report.num_wanted += len(wanted)
-    if len(found) < MIN_SHARE * len(wanted):
+    num_wanted = sum(not n.endswith(BUFFERS) for n in wanted)
+    report.num_wanted += num_wanted
+    if len(found) < MIN_SHARE * num_wanted:
         raise ConfigError(
-            f"{report.source} ({report.family}) supplies {len(found)} of the encoder's {len(wanted)} tensors, less "
+            f"{report.source} ({report.family}) supplies {len(found)} of the encoder's {num_wanted} tensors, less "
             f"than {MIN_SHARE:.0%}; it lacks {_some(absent)} and has {_some(list(given))}; choose the encoder that it "
             f"was made with"
         )
@@ -244,7 +245,7 @@ def refuse_other_architecture(report: Report, mismatched: list[str], unused: lis
     if mismatched:
         raise ConfigError(
             f"{where} is of another size than the encoder: {_some(mismatched, 3)}; set encoder.model, width, depth and "
-            f"num_heads to those of the file"
+            f"num_heads to those of the file, and data.image_size where the weights depend on it (Mixer, NesT, MViT)"
         )
     extra = [n for n in unused if n.startswith(PARTS)]
     if any(n.endswith((".gamma", "gamma_1", "gamma_2")) for n in extra):

@@ -1,6 +1,7 @@
 """What tests share: a small labelled image folder with structure to learn, its shards, and tiny runs."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from mim.contracts import LoadedRun
 from mim.data.make import make
 from mim.data.shards import Dataset
 from mim.patches import patchify, unpatchify
+from tests.tiny import shapes
 from tokenizer import dvae
 
 torch.set_num_threads(1)  # on tensors this small, threads cost more than they bring
@@ -33,6 +35,7 @@ TINY = {
     "mae": {"decoder_width": 16, "decoder_depth": 1, "decoder_num_heads": 2},
     "beit": {"num_codes": 16},
     "beit2": {"num_codes": 16, "early_layer": 1},
+    "segment": {"num_classes": 5, "channels": 16, "auxiliary_channels": 16},
     "classify": {"num_classes": 3},
 }  # options that make a component small; one that is not named here is small enough as it is
 
@@ -87,8 +90,14 @@ def saved_tokenizer(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def drawn_shapes(tmp_path_factory):
+    """A dataset folder with label maps: train/ and val/, 5 classes of pixels."""
+    return shapes(tmp_path_factory.mktemp("shapes"), val_ratio=0.3).parent
+
+
 @pytest.fixture
-def recipe(shards, saved_tokenizer):
+def recipe(shards, saved_tokenizer, request):
     """`recipe(objective)`: the sections of a tiny recipe, a fresh copy at every call."""
 
     def sections(objective="mae"):
@@ -101,24 +110,27 @@ def recipe(shards, saved_tokenizer):
             found["tokenizer"] = {"name": "dvae", **TINY["dvae"]}
         else:
             found["encoder"] = {"name": "vit", **TINY["vit"]}
-            if objective != "classify":
+            if objective not in ("classify", "segment"):
                 found["mask"] = {"name": "random", "ratio": 0.5}
         if objective in ("beit", "beit2"):
             found["tokenizer"] = {"recipe": "dvae", "path": str(saved_tokenizer)}
+        if objective == "segment":
+            views = {"view": {"name": "segment_crop"}, "eval_view": {"name": "segment_whole"}}
+            found["data"] |= {"path": str(request.getfixturevalue("drawn_shapes")), **views}
         return copy.deepcopy(found)
 
     return sections
 
 
 @pytest.fixture
-def loaded_run(recipe, shards, tmp_path):
+def loaded_run(recipe, tmp_path):
     """`loaded_run(objective)`: an untrained run of a tiny recipe, as evaluations and exports see it."""
 
     def load(objective="mae", **encoder):
         sections = recipe(objective)
         sections.get("encoder", {}).update(encoder)
         torch.manual_seed(0)
-        built = build.build(sections, dataset=Dataset.open(shards / "train"))
+        built = build.build(sections, dataset=Dataset.open(Path(sections["data"]["path"]) / "train"))
         built.objective.eval().requires_grad_(False)
         return LoadedRun(built.objective, built.encoder, built.frozen, built.views, built.sections, 7, tmp_path / "run")
 

@@ -13,6 +13,7 @@ from PIL import Image
 from torch._utils import ExceptionWrapper
 
 import tokenizer as tokenizers
+from benchmarks.shapes import write_shapes
 from mim import __main__, __version__, config
 from mim.contracts import DataError, StorageError
 from mim.data.shards import Dataset
@@ -170,6 +171,18 @@ def test_an_unreadable_image_is_named_counted_and_left_out(mim, tmp_path):
     assert "left out bad1.jpg: " in out
     report = json.loads(mim("shards", "inspect", tmp_path / "out", "--json")[1])
     assert (report["num_samples"], report["num_left_out"]) == (4, 2)
+
+
+def test_masks_become_label_maps_that_can_be_indexed_again(mim, tmp_path):
+    write_shapes(tmp_path, count=3, size=(20, 24))
+    masks = ["--masks", tmp_path / "masks", "--classes", tmp_path / "classes.txt", "--workers", "1"]
+    assert mim("shards", "make", tmp_path / "images", tmp_path / "out", *masks)[0] == 0
+    options = ["--label-maps", "seg.png", "--classes", "5", "--workers", "1"]
+    assert mim("shards", "index", tmp_path / "out/shard-00000.tar", tmp_path / "again", *options)[0] == 0
+    made, again = (json.loads(mim("shards", "inspect", tmp_path / name, "--json")[1]) for name in ("out", "again"))
+    assert list(made["pixel_classes"]) == ["background", "circle", "square", "triangle", "stripes"]
+    assert list(again["pixel_classes"].values()) == list(made["pixel_classes"].values())
+    assert sum(made["pixel_classes"].values()) == pytest.approx(1)
 
 
 def test_more_unreadable_images_than_accepted_end_with_65(refused, tmp_path):

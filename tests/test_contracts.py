@@ -85,6 +85,7 @@ def a_batch(grid=(4, 4), num_codes=16):
         "noise": torch.arange(ROWS),
         "codes": torch.randint(num_codes, (ROWS, n), generator=generator),
         "labels": torch.arange(ROWS),
+        "label_maps": torch.randint(5, (ROWS, *SIZE), generator=generator),
         "keys": [f"shard.tar/{row}" for row in range(ROWS)],
         "position": ROWS,
         "epoch": 0,
@@ -406,6 +407,8 @@ def test_a_view_renders_every_size_in_uint8_as_a_function_of_its_generator(name)
     if isinstance(first, dict):  # crops (V, C, h, w) by their field
         assert first["images"].shape[1:] == (3, 32, 32)
         first, again = list(first.values()), list(again.values())
+    elif name == "segment_native":  # one view of the image's own aspect, which covers the first size
+        assert [tuple(v.shape) for v in first] == [(3, 32, 40)]
     else:
         assert [tuple(v.shape) for v in first] == [(3, 32, 32), (3, 16, 24)]
     assert all(v.dtype == torch.uint8 for v in first)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mim import checkpoint
+from mim import build, checkpoint, config
+from mim.evals import accuracy
 from tests import damage
 from tests.test_train import dataset, lines, recipe, run, tensors  # noqa: F401  (dataset is a fixture)
 
@@ -62,6 +63,22 @@ def test_evaluations_run_on_all_processes_and_are_told_by_the_first(dataset, tmp
     assert launched.stderr.count("knn: knn") == 2
     assert launched.stderr.count("reconstruction: ") == 1
     assert [file.name for file in (tmp_path / "two/pictures").iterdir()] == ["reconstruction-00000007.png"]
+
+
+def test_accuracy_in_the_loop_of_two_processes_is_that_of_one_on_the_saved_run(dataset, tmp_path):  # noqa: F811
+    """Bit for bit: 6 batches of 4 are dealt to two ranks, and the weights are those of the last checkpoint."""
+    path = Path(recipe(dataset, tmp_path, data__val_path=str(dataset), encoder__drop_path_rate=0.0))
+    sections = config.read(str(path)) | {"objective": {"name": "classify"}, "evals": {"accuracy": {"every": "7 steps"}}}
+    sections["evals"]["accuracy"] |= {"batch_size": 4, "per_class": True}
+    sections.pop("mask")
+    path.write_text(config.to_yaml(sections))
+    launched = torchrun(str(path), tmp_path / "two")
+    assert launched.returncode == 0, launched.stderr
+    (logged,) = [e for e in lines(tmp_path / "two") if e["event"] == "eval"]
+    alone = dict(accuracy.run(build.load_run(tmp_path / "two"), accuracy.Config(batch_size=4, per_class=True)))
+    assert {name: logged[name] for name in alone} == alone
+    assert alone["count"] == 23
+    assert launched.stderr.count("accuracy: accuracy") == 1
 
 
 def test_a_wrong_batch_size_is_one_sentence_on_two_processes(dataset, tmp_path):  # noqa: F811

@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from mim.config import ConfigError
 from mim.evals import knn
 from mim.evals.knn import knn_accuracy
 from mim.features import Split
@@ -87,6 +89,71 @@ def test_the_temperature_decides_between_one_near_and_two_far_neighbours():
         assert accuracy(bank, Split(query, torch.tensor([0])), k=3, temperature=temperature) == right
 
 
+# ---- one search for every k ----------------------------------------------------------------------
+
+
+def brute_force(bank, queries, k, temperature=0.07):
+    """All cosines at once, in float64, and a full sort."""
+    mean, std = bank.features.double().mean(0), bank.features.double().std(0) + 1e-6
+    keys, points = (F.normalize((s.features.double() - mean) / std, dim=1) for s in (bank, queries))
+    similarity, order = (points @ keys.T).sort(dim=1, descending=True, stable=True)
+    weights = (similarity[:, :k] / temperature).exp()
+    votes = torch.zeros(len(points), 4, dtype=torch.float64).scatter_add_(1, bank.labels[order[:, :k]], weights)
+    return (votes.argmax(1) == queries.labels).double().mean().item()
+
+
+def test_every_k_of_one_search_equals_a_computation_by_brute_force(monkeypatch):
+    """On overlapping clusters, so that every k has another answer, with pieces that divide nothing evenly."""
+    monkeypatch.setattr(knn, "BANK_ROWS", 77)
+    monkeypatch.setattr(knn, "QUERY_ROWS", 31)
+    bank, queries = clusters(500, spread=1.6), clusters(203, spread=1.6, seed=1)
+    ks = [1, 5, 20, 100, 500]
+    found = knn.knn_accuracies(bank, queries, ks=ks, temperature=0.07, device=torch.device("cpu"))
+    assert found == [brute_force(bank, queries, k) for k in ks]
+    assert len(set(found)) > 2
+
+
+def test_neighbours_are_those_of_a_full_sort_and_of_equal_ones_the_first(monkeypatch):
+    """Every row of the bank comes three times, in different pieces."""
+    monkeypatch.setattr(knn, "BANK_ROWS", 16)
+    once = noise(20)
+    bank = Split(once.features.repeat(3, 1), once.labels.repeat(3))
+    queries = noise(7, seed=1)
+    ((similarity, ids),) = knn.neighbours(bank, queries, range(0, 7, 512), 60, torch.device("cpu"))
+    mean, std = bank.features.mean(0), bank.features.std(0) + 1e-6
+    keys, points = (F.normalize((x - mean) / std, dim=1) for x in (bank.features, queries.features))
+    expected = (points @ keys.T).sort(dim=1, descending=True, stable=True)
+    assert torch.allclose(similarity, expected.values, atol=1e-6)
+    assert (similarity < 0).any()
+    assert (ids.view(7, 20, 3).diff(dim=2) == 20).all()  # i, i + 20, i + 40
+
+
+def test_a_bank_without_labels_is_refused():
+    empty = Split(torch.zeros(0, 16), torch.zeros(0, dtype=torch.int64))
+    with pytest.raises(ConfigError, match="has no image with a label"):
+        accuracy(empty, clusters(8))
+
+
+# ---- the evaluation ------------------------------------------------------------------------------
+
+
 def test_the_evaluation_beats_chance_on_pictures_of_other_colours(loaded_run):
     """An untrained encoder tells red from green from blue stripes."""
     assert dict(knn.run(loaded_run("mae"), knn.Config(k=5)))["knn"] > 0.9
+
+
+def test_the_first_number_is_that_of_k_and_further_ones_are_named_by_k_and_column(loaded_run):
+    found = dict(knn.run(loaded_run("mae"), knn.Config(k=5, ks=[1, 5, 1000], layers=[1, -1], pools=["class"])))
+    names = ["knn", "knn_-1/class", "knn_1/mean", "knn_1/class"]
+    assert list(found) == [key for name in names for key in (name, f"{name}_k1", f"{name}_k5")]
+    assert all(found[name] == found[f"{name}_k5"] for name in names)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"k": 0}, "k=0 and ks=.* must be at least 1"), ({"ks": [5, -1]}, "ks=.* must be at least 1"),
+     ({"temperature": 0.0}, "temperature=0 must be above 0")],
+)  # fmt: skip
+def test_numbers_that_nobody_can_mean_are_refused(loaded_run, options, message):
+    with pytest.raises(ConfigError, match=message):
+        dict(knn.run(loaded_run("mae"), knn.Config(**options)))

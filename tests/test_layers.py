@@ -7,8 +7,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LEVELS = [
-    {"tokenizer", "mim.patches", "mim.masking", "mim.schedules", "mim.initialization", "mim.code_loss"},
-    {"mim.contracts", "mim.config", "mim.log", "mim.backbone", "mim.survey"},
+    {"tokenizer", "mim.patches", "mim.masking", "mim.schedules", "mim.initialization", "mim.code_loss", "mim.logistic"},
+    {"mim.contracts", "mim.config", "mim.log", "mim.backbone", "mim.survey", "mim.batch_norm"},
+    {"mim.segmentation_heads"},
     {"mim.data", "mim.encoders", "mim.optim"},
     {"mim.objectives", "mim.ranks"},
     {"mim.checkpoint"},
@@ -17,8 +18,11 @@ LEVELS = [
     {"mim.weights", "mim.classifying_teacher"},
     {"mim.build", "mim.released_tokenizers"},
     {"mim.bank"},
+    {"mim.feature_cache", "mim.judged"},
+    {"mim.bank_writer"},
     {"mim.features", "mim.experiment", "mim.footprint"},
-    {"mim.codes"},
+    {"mim.codes", "mim.probes"},
+    {"mim.sweep"},
     {"mim.evals", "mim.exports", "mim.report"},
     {"mim.train"},
     {"mim.demo", "mim.plan", "mim.shard_commands", "mim.make_tokens"},

@@ -152,7 +152,8 @@ def test_the_mixture_is_frozen():
 
     class Source:
         def __init__(self, name, counts):
-            self.id, self.path, self.classes, self.channels = name, name, None, 3
+            self.id, self.path, self.channels = name, name, 3
+            self.classes = self.pixel_classes = None
             self.counts, self.mean, self.std = np.array(counts), [0.5] * 3, [0.2] * 3
             self.dtype, self.range, self.gray, self.remote_shards, self.cache = "uint8", [[0, 255]] * 3, None, {}, None
 

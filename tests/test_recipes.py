@@ -24,6 +24,11 @@ PUBLISHED = {  # batch, peak rate, warm-up and all epochs, betas, masked of patc
     "simmim_swinb_in1k": (2048, 8e-4, 10, 100, [0.9, 0.999], (22, 36), 86.7),
 }
 
+SEGMENTED = {  # peak rate, where the warm-up begins, positions of the encoder, million parameters of the heads
+    "segment_upernet_beitb16_ade20k": (7e-4, 7e-10, "relative", 76.8),
+    "segment_upernet_maeb16_ade20k": (1e-4, 1e-10, "learn", 76.8),
+}
+
 FINETUNED = {  # batch, peak rate, warm-up and all epochs, layer decay, drop path, head's first std, million parameters
     "classify_maeb16_in1k": (1024, 2e-3, 5, 100, 0.65, 0.1, 2e-5, 85.8),
     "classify_mael16_in1k": (1024, 4e-3, 5, 50, 0.75, 0.2, 2e-5, 303.3),
@@ -138,6 +143,22 @@ def test_a_published_recipe_of_codes_reads_them_at_112_pixels(name):
     assert sizes == [pytest.approx(53.8, abs=0.05), pytest.approx(43.8, abs=0.05)]  # DALL-E's encoder and decoder
 
 
+@pytest.mark.parametrize("name", SEGMENTED)
+def test_a_published_recipe_of_segmentation_says_what_was_published(name):
+    lr, warmup_lr, positions, millions = SEGMENTED[name]
+    cfg = config.typed(train.Config, config.read(name))
+    rates = optim.resolve(cfg.optim, 20_210)  # images of ADE20K
+    assert (rates.total_steps, rates.warmup_steps, cfg.optim.batch_size) == (160_000, 1500, 16)
+    assert (rates.lr, cfg.optim.warmup_lr, rates.at(159_999)[0]) == (lr, warmup_lr, 0.0)
+    assert rates.at(80_000)[0] == pytest.approx(lr / 2, rel=0.02)  # a line
+    assert (cfg.optim.layer_decay, cfg.optim.weight_decay, cfg.encoder["drop_path_rate"]) == (0.65, 0.05, 0.1)
+    assert cfg.encoder["positions"] == positions
+    objective = built_from(config.find_recipe(name)).objective
+    assert [(level.block, level.stride) for level in objective.levels] == [(3, 16), (5, 16), (7, 16), (11, 16)]
+    heads = sum(p.numel() for n, p in objective.named_parameters() if not n.startswith("encoder."))
+    assert heads / 1e6 == pytest.approx(millions, rel=0.01)
+
+
 @pytest.mark.parametrize("name", FINETUNED)
 def test_a_published_recipe_of_fine_tuning_says_what_was_published(name):
     batch_size, lr, warmup, epochs, decay, drop_path, std, millions = FINETUNED[name]
@@ -155,7 +176,7 @@ def test_a_published_recipe_of_fine_tuning_says_what_was_published(name):
     assert sum(p.numel() for p in built.encoder.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
 
 
-@pytest.mark.parametrize("name", [*PUBLISHED, *FINETUNED, "dvae_dalle_in1k"])
+@pytest.mark.parametrize("name", [*PUBLISHED, *FINETUNED, *SEGMENTED, "dvae_dalle_in1k"])
 def test_every_line_of_a_published_recipe_that_decides_names_its_source(name):
     """The sections of the optimizer and the mask, and what the objective is told."""
     section = ""

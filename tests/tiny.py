@@ -1,4 +1,4 @@
-"""Tiny inputs that several tests write: pictures of noise, tars of any format, and a recipe that trains in a second."""
+"""Tiny inputs that several tests write: pictures of noise, tars, label maps, and a recipe that trains in a second."""
 
 import io
 import tarfile
@@ -6,7 +6,9 @@ import tarfile
 import numpy as np
 from PIL import Image
 
+from benchmarks.shapes import write_shapes
 from mim.config import to_yaml
+from mim.data.make import make
 
 
 def picture(i, size=(20, 30), kind="JPEG"):
@@ -42,3 +44,10 @@ def write_recipe(path, data, length, **more):
     }  # fmt: skip
     path.write_text(to_yaml(sections))
     return str(path)
+
+
+def shapes(out, count=24, size=(40, 48), *, coloured=True, **options):
+    """A dataset of drawn shapes with label maps, each class of a hue of its own; `options` are those of `make`."""
+    write_shapes(out / "drawn", count=count, size=size, coloured=coloured)
+    drawn = {"masks": out / "drawn/masks", "classes": str(out / "drawn/classes.txt"), "workers": 1}
+    return make(out / "drawn/images", out / "shards", **drawn | options).path

@@ -5,6 +5,7 @@ selects a view by name; its keyword-only options are the keys of the section. Dr
 generator.
 
 A view draws its box from the shape alone, so an image may come encoded (`decode.Encoded`) and only the box be decoded.
+Views named `segment_...` also take a `Pair` of image and label map, and show both in one frame.
 
 Resizing is antialiased bicubic on uint8, the same filter as Pillow's within one level and three times as fast; uint16
 and float32, of any number of channels, take the same filter in float32.
@@ -20,7 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mim.contracts import IGNORE
 from mim.data.decode import LUMA, Encoded
+from mim.data.label_map import Pair, resized
 from mim.data.randaugment import rand_augment
 
 Sizes = list[tuple[int, int]]  # (h, w) of each view
@@ -125,6 +128,69 @@ def gray_center(
     return _gray(center(image, rng, sizes, crop_ratio=crop_ratio), rng)
 
 
+def segment_crop(
+    image: Image | Pair,
+    rng: np.random.Generator,
+    sizes: Sizes,
+    *,
+    scale: tuple[float, float] = (0.5, 2.0),  # times `short`: the resized short side
+    short: int | None = None,  # pixels; null: the shorter side of the view
+    max_class_ratio: float = 0.75,  # one class of a crop has less of its labelled pixels, or 10 tries fail
+    hflip: float = 0.5,  # probability
+) -> list[Tensor] | dict[str, Tensor]:
+    """Random scale, crop and flip of segmentation, as BEiT trains on ADE20K with mmsegmentation (arXiv 2106.08254).
+
+    What the crop has beyond the image, below and to the right, is black and IGNORE. Of a `Pair` this returns `images`
+    and `label_maps`. Differences: the crop is cut first, in whole source pixels, and then resized; mmsegmentation also
+    keeps the long side below 4 times the short one's target, and pads after normalising, so with the mean colour.
+    """
+    height, width = _image_of(image).shape[1:]
+    h, w = sizes[0]
+    unit = min(height, width) / ((short or min(h, w)) * rng.uniform(*scale))  # source pixels per view pixel
+    inner = min(h, max(1, round(height / unit))), min(w, max(1, round(width / unit)))  # of the view, with image
+    box_h, box_w = min(height, max(1, round(inner[0] * unit))), min(width, max(1, round(inner[1] * unit)))
+    for _ in range(10):
+        box = Box(int(rng.integers(height - box_h + 1)), int(rng.integers(width - box_w + 1)), box_h, box_w)
+        if not isinstance(image, Pair) or _is_mixed(_cut_labels(image, box, inner), max_class_ratio):
+            break
+    return _framed(image, box, inner, sizes, flip=rng.random() < hflip)
+
+
+def segment_whole(
+    image: Image | Pair,
+    rng: np.random.Generator,
+    sizes: Sizes,
+    *,
+    keep_aspect: bool = True,  # false: stretched to the size of the view
+) -> list[Tensor] | dict[str, Tensor]:
+    """The whole image in the view, for evaluation; what is beyond it, below and to the right, is black and IGNORE."""
+    height, width = _image_of(image).shape[1:]
+    h, w = inner = sizes[0]
+    if keep_aspect:
+        unit = max(height / h, width / w)  # source pixels per view pixel
+        inner = min(h, max(1, round(height / unit))), min(w, max(1, round(width / unit)))
+    return _framed(image, Box(0, 0, height, width), inner, sizes, flip=False)
+
+
+def segment_native(
+    image: Image | Pair,
+    rng: np.random.Generator,
+    sizes: Sizes,
+    *,
+    short: int | None = None,  # pixels of the short side; null: as few as cover the asked size
+) -> list[Tensor] | dict[str, Tensor]:
+    """The whole image, at least as large as the asked size, and its label map as it is stored: for sliding windows.
+
+    Of a `Pair` this returns `images` (C, h, w) and `label_maps` (H, W), each image of its own size: one per batch.
+    """
+    height, width = _image_of(image).shape[1:]
+    h, w = sizes[0]
+    factor = max(h / height, w / width, (short or 1) / min(height, width))
+    size = max(h, round(height * factor)), max(w, round(width * factor))
+    (view,) = _render(_image_of(image), Box(0, 0, height, width), [size])
+    return {"images": view, "label_maps": image.label_map} if isinstance(image, Pair) else [view]
+
+
 def rand_augment_crop(
     image: Image,
     rng: np.random.Generator,
@@ -171,6 +237,43 @@ def _render(image: Image, box: Box, sizes: Sizes) -> list[Tensor]:
     else:
         batch = cut[None].float()
     return [cut if cut.shape[1:] == size else _resize(batch, size, cut.dtype) for size in map(torch.Size, sizes)]
+
+
+def _image_of(image: Image | Pair) -> Image:
+    return image.image if isinstance(image, Pair) else image
+
+
+def _framed(
+    image: Image | Pair, box: Box, inner: tuple[int, int], sizes: Sizes, *, flip: bool
+) -> list[Tensor] | dict[str, Tensor]:
+    """Show a box in the upper left `inner` (h, w) of the first size, and in as much of the others; flipped there."""
+    (h, w), shown = sizes[0], []
+    for size in sizes:
+        part = max(1, round(inner[0] * size[0] / h)), max(1, round(inner[1] * size[1] / w))
+        (view,) = _render(_image_of(image), box, [part])
+        frame = view.new_zeros((*size, len(view))).permute(2, 0, 1)  # (C, h, w) over (h, w, C) memory
+        frame[:, : part[0], : part[1]] = view.flip(2) if flip else view
+        shown.append(frame)
+    if not isinstance(image, Pair):
+        return shown
+    labels = _cut_labels(image, box, inner)
+    label_map = labels.new_full((h, w), IGNORE)
+    label_map[: inner[0], : inner[1]] = labels.flip(1) if flip else labels
+    names = ("images", "tokenizer_images")
+    return {**dict(zip(names, shown)), "label_maps": label_map}  # noqa: B905  one view or two
+
+
+def _cut_labels(pair: Pair, box: Box, size: tuple[int, int]) -> Tensor:
+    """The label map of a box, resized. (H, W) -> (h, w)"""
+    return resized(pair.label_map[box.top : box.top + box.h, box.left : box.left + box.w], size)
+
+
+def _is_mixed(labels: Tensor, max_ratio: float) -> bool:
+    """Whether every class has less than `max_ratio` of the labelled pixels; 1 accepts all."""
+    if max_ratio >= 1:
+        return True
+    counts = torch.bincount(labels.flatten(), minlength=IGNORE + 1)[:IGNORE]
+    return bool(counts.max() < max_ratio * counts.sum())
 
 
 def _resize(batch: Tensor, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -135,13 +135,14 @@ def measure(
     batch_size: int,
     workers: int,
     device: torch.device,
+    label_maps: bool = False,
     seconds: float = 3.0,  # per measurement; there are three
 ) -> Diagnosis:
     """Time the stages of a loader and the loader itself. Raises what reading the data raises."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a worker
     try:
-        renderer = stream.Renderer(dataset, view, sizes, mask, channels, order.seed)
+        renderer = stream.Renderer(dataset, view, sizes, mask, channels, order.seed, label_maps=label_maps)
         stages, num_images, image_bytes, batch = _time_stages(stream.Stream(order, renderer), batch_size, seconds)
         resized = _time_resized(renderer, order, seconds)
     finally:
@@ -205,6 +206,7 @@ def _time_loader(
             channels=renderer.channels,
             batch_size=batch_size,
             num_steps=10**6,
+            label_maps=renderer.label_maps,
             workers=workers,
             pin_memory=device.type == "cuda",
         )

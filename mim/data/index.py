@@ -33,12 +33,13 @@ from mim.data import tar
 from mim.data.decode import BadImage
 from mim.data.index_tar import FINISHED, Options, Task, index_or_keep
 from mim.data.locations import expand, names
+from mim.data.pairs import read_classes
 from mim.data.parts import WHOLE, Part, remove_parts
 from mim.data.picks import keyed_picks
 from mim.data.shards import FORMAT, LABEL_MEMBER, LOCK, Dataset, dataset_id, is_dataset, write_lock
 from mim.data.store import Store
 from mim.data.workers import run_all
-from mim.data.write import Written, read_pixels, statistics_of, storing
+from mim.data.write import Written, read_sample, statistics_of, storing
 from mim.log import write_json
 
 NUM_MEASURED = 1000  # images whose pixels are measured
@@ -97,25 +98,32 @@ def index(
     headers_only: bool = False,
     labels: str | None = None,
     image: str | None = None,
+    label_maps: str | None = None,
+    pixel_classes: str | None = None,
     workers: int | None = None,
     part: Part | None = None,
 ) -> IndexReport:
     """Index the tars that `urls` name (files, folders, URLs, braces) into the dataset folder OUT.
 
     labels: "cls" reads the class of each sample from its member `.cls`. image: the ending of the image member, for
-    samples that have several. part: index only the shards of this part; `finish` joins them. Raises ConfigError,
-    DataError, StorageError.
+    samples that have several. label_maps: the ending of the member with the class of every pixel; `pixel_classes` gives
+    their classes, a number or a file of names. part: index only the shards of this part; `finish` joins them.
+    Raises ConfigError, DataError, StorageError.
     """
     out = Path(out)
     if labels not in (None, LABEL_MEMBER):
         raise ConfigError(f"--labels {labels} is unknown; use --labels {LABEL_MEMBER}")
-    options = Options(headers_only, labels, image.lower().lstrip(".") if image else None)
+    if (label_maps is None) != (pixel_classes is None):
+        raise ConfigError("--label-maps and --classes go together: the maps are not all read, so state their classes")
+    endings = (text.lower().lstrip(".") if text else None for text in (image, label_maps))
+    options = Options(headers_only, labels, *endings)
     locations = expand(urls)
     tasks = [
         Task(number, *pair, out, options) for number, pair in enumerate(zip(locations, names(locations), strict=True))
     ]
     digest = hashlib.sha256(repr((FORMAT, KIND, asdict(options), locations)).encode(errors="surrogateescape"))
     source = {"command": KIND, "hash": digest.hexdigest(), **asdict(options)}
+    source["pixel_classes"] = read_classes(pixel_classes)
     with storing(out):
         out.mkdir(parents=True, exist_ok=True)
         _check_free(out, tasks)
@@ -165,6 +173,9 @@ def finish(out: Path, source: dict[str, Any], facts: list[dict[str, Any]], worke
         classes = [str(label) for label in range(max(counts) + 1)]
     shards = [{name: fact[name] for name in PUBLIC if name in fact} for fact in used]
     schema = {"members": members, "classes": classes}
+    if source["label_maps"] is not None:
+        members["label_map"] = [source["label_maps"]]
+        schema["pixel_classes"] = list(source["pixel_classes"])
     lock: dict[str, Any] = {
         "format": FORMAT,
         "dataset_id": dataset_id(shards, schema),
@@ -206,16 +217,17 @@ def _measured(out: Path, lock: dict[str, Any], workers: int | None) -> dict[str,
     if not measured:
         bad = written[0].left_out[0]
         raise DataError(f"none of {len(picks)} images of {out} can be decoded; {bad['file']}: {bad['reason']}")
-    return {**statistics_of([one for one in written if one.count], None), "num_measured": measured}
+    used = [one for one in written if one.count]
+    return {**statistics_of(used, None, dataset.pixel_classes), "num_measured": measured}
 
 
 def _measure(dataset: Dataset, picks: list[int]) -> Written:
     """Decode some samples by their number in the dataset."""
     written, store = Written(""), Store()
     for pick in picks:
-        sample = dataset.read_with(store, *dataset.locate(pick))
+        sample = dataset.read_with(store, *dataset.locate(pick), label_map=True)
         try:
-            written.add(*read_pixels(sample.image), sample.label)
+            written.add(*read_sample(sample, dataset.pixel_classes), sample.label)
         except BadImage as error:
             written.left_out.append({"file": sample.key, "reason": str(error)})
     return written

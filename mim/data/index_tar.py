@@ -38,6 +38,7 @@ class Options:
     headers_only: bool = False
     labels: str | None = None  # "cls", or None
     image: str | None = None  # ending of the image member; None: whichever known one is there
+    label_maps: str | None = None  # ending of the label map's member; None: none is read
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,14 @@ def index_shard(task: Task) -> dict[str, Any]:
 
     def usable() -> Iterator[Group]:
         nonlocal num_left_out
-        groups = samples(task.location, members(), labelled=labelled, image_endings=endings, other=other)
+        groups = samples(
+            task.location,
+            members(),
+            labelled=labelled,
+            label_map=task.options.label_maps,
+            image_endings=endings,
+            other=other,
+        )
         for group in groups:
             if group.reason:
                 num_left_out += 1
@@ -110,7 +118,7 @@ def index_shard(task: Task) -> dict[str, Any]:
                 labels[_label(task.location, group)] += 1
             yield group
 
-    rows = index_of(usable(), labelled=labelled)
+    rows = index_of(usable(), labelled=labelled, mapped=task.options.label_maps is not None)
     if num_left_out > MAX_LEFT_OUT:
         count = num_left_out - MAX_LEFT_OUT
         left_out.append({"file": task.name, "reason": f"{count} more samples like these", "count": count})

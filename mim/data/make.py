@@ -16,19 +16,22 @@ import fcntl
 import hashlib
 import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mim.config import ConfigError
-from mim.contracts import DataError
+from mim.contracts import IGNORE, DataError
 from mim.data.listing import list_images
+from mim.data.pairs import Masks, read_classes, with_masks
 from mim.data.parts import WHOLE, Part, remove_parts
 from mim.data.plan import PARTIAL, QUALITY, Options, Plan, identity_of, plan_of, shard_name
 from mim.data.shards import LOCK, is_dataset, read_lock
 from mim.data.sources import Source, from_folder, open_source
-from mim.data.write import Task, facts_file, finish, move_out, read_facts, storing, write_shards
+from mim.data.write import Task, Written, count_pixels, facts_file, finish, move_out, read_facts, storing, write_shards
 from mim.log import write_json
 
 LOCK_FILE = ".lock"  # in OUT: two processes that want the same dataset make it once
@@ -76,6 +79,11 @@ def make(
     seed: int = 0,
     short: int | None = None,
     quality: int | None = None,
+    masks: str | Path | None = None,
+    classes: str | None = None,
+    mask_suffix: str | None = None,
+    zero_ignored: bool = False,
+    skip_unpaired: bool = False,
     workers: int | None = None,
     max_left_out: int | None = None,
     part: Part | None = None,
@@ -84,8 +92,9 @@ def make(
 
     source: what `mim/data/sources.py` reads. labels_from_folders: the first folder below SOURCE is the class. labels:
     "cls" of tars, or a column of a saved dataset. short: images with a larger short side are shrunk to it and stored as
-    JPEG of `quality`. workers: processes, default one per core. max_left_out: images that may fail to decode, default
-    1% and at least 10. Raises ConfigError, DataError, StorageError.
+    JPEG of `quality`. masks: the folder of their label maps (`mim/data/pairs.py`); classes, mask_suffix, zero_ignored
+    and skip_unpaired go with it. workers: processes, default one per core. max_left_out: images that may fail to
+    decode, default 1% and at least 10. Raises ConfigError, DataError, StorageError.
     """
     if not 0 <= val_ratio < 1:
         raise ConfigError(f"val_ratio={val_ratio} must be at least 0 and below 1")
@@ -96,8 +105,14 @@ def make(
     if quality is not None and (short is None or not 1 <= quality <= 100):
         raise ConfigError(f"--quality {quality} must lie from 1 to 100, and needs --resize short=N")
     quality = QUALITY if short is not None and quality is None else quality
-    options = Options(labels_from_folders, val_ratio, shard_size, seed, labels, short, quality)
     opened = open_source(source, labels_from_folders=labels_from_folders, labels=labels)
+    given = Masks(mask_suffix, zero_ignored, read_classes(classes), skip_unpaired)
+    if masks is not None:
+        opened = with_masks(opened, Path(masks), given)
+    elif given != Masks():
+        raise ConfigError("--classes, --mask-suffix, --zero-ignored and --skip-unpaired go with --masks DIR; add it")
+    kept = given if masks is not None else None
+    options = Options(labels_from_folders, val_ratio, shard_size, seed, labels, short, quality, kept)
     return _make(opened, Path(out), options, workers, max_left_out, part)
 
 
@@ -123,7 +138,7 @@ def join(out: Path, content: dict[str, Any]) -> MakeReport:
     """Move out what all parts have made, and write the locks; `content` is what each of them left."""
     source = dict(content["source"])
     identity = source.pop("hash")
-    options = Options(**source)
+    options = Options.restored(source)
     plan = Plan(
         out, options, identity, content["classes"], {name: [] for name in content["splits"]}, content["left_out"]
     )
@@ -190,18 +205,29 @@ def _write(plan: Plan, tasks: list[Task], workers: int | None, budget: int, part
 
 def _publish(plan: Plan, targets: dict[str, list[Path]]) -> None:
     """Move finished shards out of the hidden folder. May be repeated after a kill at any point."""
-    for i, (name, files) in enumerate(targets.items()):
-        source = {"hash": plan.identity, **asdict(plan.options)}
+    written = {name: [read_facts(file) for file in files] for name, files in targets.items()}
+    pixel_classes = _pixel_classes(plan.options.masks, written.values())
+    for i, (name, some) in enumerate(written.items()):
+        source = {"hash": plan.identity, **plan.options.described()}
         if plan.options.short is not None:
             source["filter"] = "bicubic, antialiased"
-        written = [read_facts(file) for file in files]
-        finish(plan.work / name, written, plan.classes, source, plan.left_out if i == 0 else [])
+        finish(plan.work / name, some, plan.classes, source, plan.left_out if i == 0 else [], pixel_classes)
     for name, files in targets.items():
         (plan.out / name).mkdir(exist_ok=True)
         move_out(files, plan.out / name)
         (plan.work / name / LOCK).rename(plan.out / name / LOCK)
     shutil.rmtree(plan.out / PARTIAL, ignore_errors=True)
     remove_parts(plan.out, STEM)
+
+
+def _pixel_classes(masks: Masks | None, splits: Iterable[list[Written]]) -> list[str] | None:
+    """The classes of label maps: as stated, else as many as occur in any split; None without maps."""
+    if masks is None or masks.classes is not None:
+        return None if masks is None else list(masks.classes or ())
+    counts = count_pixels(one for written in splits for one in written)[:IGNORE]
+    if not counts.any():
+        raise DataError("the label maps hold no class at all: every pixel is 255, or 0 under --zero-ignored")
+    return [str(number) for number in range(int(np.flatnonzero(counts)[-1]) + 1)]
 
 
 @contextlib.contextmanager

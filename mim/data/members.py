@@ -40,7 +40,16 @@ class Group(NamedTuple):
     ending: str  # of the image: jpg, png, ...; "" without one
     image: Member | None
     label: Member | None
+    label_map: Member | None
     reason: str  # why the sample cannot be used; "" when it can
+
+
+class Wanted(NamedTuple):
+    """What is read of a sample."""
+
+    images: tuple[str, ...]  # endings
+    labelled: bool
+    label_map: str | None  # ending
 
 
 def samples(
@@ -48,11 +57,13 @@ def samples(
     members: Iterator[Member],
     *,
     labelled: bool,
+    label_map: str | None = None,  # ending of the label map, which every sample then has
     image_endings: Sequence[str] = IMAGE_ENDINGS,
     other: Counter[str] | None = None,  # counts, by ending, the members that nothing reads
 ) -> Iterator[Group]:
     """Group the members of a tar into samples. Raises DataError, naming tar and byte, where they are ambiguous."""
     other = Counter() if other is None else other
+    wanted = Wanted(tuple(ending for ending in image_endings if ending != label_map), labelled, label_map)
     seen: set[int] = set()
     current = ""
     found: dict[str, Member] = {}
@@ -67,35 +78,35 @@ def samples(
                 raise _ambiguous(location, member, f"sample {key!r} has two members .{ending}")
         else:
             if found:
-                yield _group(location, current, found, labelled, image_endings, other)
+                yield _group(location, current, found, wanted, other)
             if (number := key_hash(key)) in seen:
                 raise _ambiguous(location, member, f"the key {key!r} comes back after other samples; {SORT}")
             seen.add(number)
             current, found = key, {}
         found[ending] = member
     if found:
-        yield _group(location, current, found, labelled, image_endings, other)
+        yield _group(location, current, found, wanted, other)
 
 
-def build_index(location: str, *, labelled: bool) -> np.ndarray:
-    """Index a tar that this package wrote, by a strict scan: every sample must have its image, and its label."""
+def build_index(location: str, *, labelled: bool, label_map: str | None = None) -> np.ndarray:
+    """Index a tar that this package wrote, by a strict scan: every sample must have all members that are named."""
 
     def usable() -> Iterator[Group]:
-        for group in samples(location, tar.scan(location), labelled=labelled):
+        for group in samples(location, tar.scan(location), labelled=labelled, label_map=label_map):
             if group.reason:
                 raise DataError(f"{location}: sample {group.key!r} cannot be used: {group.reason}")
             yield group
 
-    return index_of(usable(), labelled=labelled)
+    return index_of(usable(), labelled=labelled, mapped=label_map is not None)
 
 
-def index_of(groups: Iterable[Group], *, labelled: bool) -> np.ndarray:
-    """The index of a shard: one row per usable sample, in the order of the tar."""
-    names = ["image", "label"] if labelled else ["image"]
+def index_of(groups: Iterable[Group], *, labelled: bool, mapped: bool = False) -> np.ndarray:
+    """The index of a shard: one row per usable sample, in the order of the tar. mapped: with their label maps."""
+    names = ["image"] + ["label"] * labelled + ["label_map"] * mapped
     numbers = array("Q")  # 8 bytes a number: a list of tuples would take ten times that
     for group in groups:
         numbers.append(key_hash(group.key))
-        for member in (group.image, group.label)[: len(names)]:
+        for member in (getattr(group, name) for name in names):
             assert member is not None, group
             numbers.extend(member[1:4])
     table = np.frombuffer(numbers, np.uint64).reshape(-1, 1 + 3 * len(names))
@@ -113,21 +124,15 @@ def save_index(file: Path, index: np.ndarray) -> None:
         np.save(handle, index, allow_pickle=False)
 
 
-def _group(
-    location: str,
-    key: str,
-    found: dict[str, Member],
-    labelled: bool,
-    image_endings: Sequence[str],
-    other: Counter[str],
-) -> Group:
-    images = [ending for ending in found if ending in image_endings]
+def _group(location: str, key: str, found: dict[str, Member], wanted: Wanted, other: Counter[str]) -> Group:
+    images = [ending for ending in found if ending in wanted.images]
     if len(images) > 1:
         choice = " or ".join(f"--image {ending}" for ending in images)
         raise _ambiguous(location, found[images[1]], f"sample {key!r} has {len(images)} images; choose {choice}")
-    label = found.get(LABEL_MEMBER) if labelled else None
-    for ending in found:
-        if ending not in images and not (label and ending == LABEL_MEMBER):
+    label = found.get(LABEL_MEMBER) if wanted.labelled else None
+    label_map = found.get(wanted.label_map) if wanted.label_map is not None else None
+    for ending, member in found.items():
+        if ending not in images and member is not label and member is not label_map:
             _count(other, ending)
     reason = ""
     if BAD in found:
@@ -136,13 +141,19 @@ def _group(
         reason = f"it has no image; its members are {', '.join(list(found)[:5])}"
     elif (size := found[images[0]].size) > MAX_BYTES:
         reason = f"its image has {size} bytes; at most {MAX_BYTES} are decoded"
-    elif labelled and label is None:
+    else:
         image = found[images[0]]
-        raise _ambiguous(location, image, f"sample {key!r} has no label (.{LABEL_MEMBER}); leave the labels out")
-    elif label is not None and abs(label.offset - found[images[0]].offset) + label.size > MAX_BYTES:
-        reason = f"its image and its label lie more than {MAX_BYTES} bytes apart"
-    ending = "" if reason else images[0]
-    return Group(key, ending, found[ending] if ending else None, label if ending else None, reason)
+        if wanted.labelled and label is None:
+            raise _ambiguous(location, image, f"sample {key!r} has no label (.{LABEL_MEMBER}); leave the labels out")
+        if wanted.label_map is not None and label_map is None:
+            raise _ambiguous(location, image, f"sample {key!r} has no label map (.{wanted.label_map}); leave them out")
+        used = [member for member in (image, label, label_map) if member is not None]
+        start, end = min(member.offset for member in used), max(member.offset + member.size for member in used)
+        if len(used) > 1 and end - start > MAX_BYTES + image.size - tar.BLOCK:
+            reason = f"the members that are read of it lie more than {MAX_BYTES} bytes apart"
+    if reason:
+        return Group(key, "", None, None, None, reason)
+    return Group(key, images[0], found[images[0]], label, label_map, "")
 
 
 def _count(other: Counter[str], ending: str) -> None:

@@ -47,6 +47,8 @@ class Mixture:
         self.counts = np.concatenate([dataset.counts for dataset in datasets])
         named = [dataset.classes for dataset in datasets]
         self.classes = named[0] if all(classes == named[0] for classes in named) else None  # else labels say nothing
+        maps = [dataset.pixel_classes for dataset in datasets]
+        self.pixel_classes = maps[0] if all(classes == maps[0] for classes in maps) else None
         self.channels, self.dtype = common_pixels(datasets)
         self.range = next(dataset.range for dataset in datasets if dataset.channels == self.channels)
         self._pool_statistics()
@@ -61,12 +63,12 @@ class Mixture:
     def __len__(self) -> int:
         return int(self.counts.sum())
 
-    def read(self, shard: int, row: int) -> Sample:
-        """Read and verify one sample; `shard` counts through all sources."""
+    def read(self, shard: int, row: int, *, label_map: bool = False) -> Sample:
+        """Read and verify one sample, as `Dataset.read`; `shard` counts through all sources."""
         source = int(np.searchsorted(self._first, shard, side="right")) - 1
-        sample = self.datasets[source].read(int(shard - self._first[source]), row)
+        sample = self.datasets[source].read(int(shard - self._first[source]), row, label_map=label_map)
         label = sample.label if self.classes is not None else None
-        return Sample(f"{self.datasets[source].path}/{sample.key}", sample.image, label)
+        return sample._replace(key=f"{self.datasets[source].path}/{sample.key}", label=label)
 
     def map_range(self, value_range: list[list[float]]) -> None:
         """As `Dataset.map_range`, for all sources; a gray one beside colour takes the range of the first channel."""

@@ -10,6 +10,7 @@ import PIL
 
 from mim.config import ConfigError
 from mim.data.order import key64, permutation
+from mim.data.pairs import Masks
 from mim.data.shards import FORMAT
 from mim.data.sources import Source
 from mim.data.write import Item, Task
@@ -30,6 +31,22 @@ class Options:
     labels: str | None = None  # "cls" of tars, or the column of a saved dataset
     short: int | None = None  # pixels
     quality: int | None = None
+    masks: Masks | None = None  # None: no label maps
+
+    def described(self) -> dict[str, Any]:
+        """As plain data; without label maps the same as before there were any, so that made datasets stay known."""
+        found = asdict(self)
+        if self.masks is None:
+            del found["masks"]
+        return found
+
+    @classmethod
+    def restored(cls, found: dict[str, Any]) -> Options:
+        """Undo `described`, after JSON."""
+        masks = found.get("masks")
+        if masks is not None:
+            masks = Masks(**{**masks, "classes": tuple(masks["classes"]) if masks["classes"] is not None else None})
+        return cls(**{**found, "masks": masks})
 
 
 @dataclass(frozen=True)
@@ -53,7 +70,7 @@ class Plan:
         return {
             "format": FORMAT,
             "kind": KIND,
-            "source": {"hash": self.identity, **asdict(self.options)},
+            "source": {"hash": self.identity, **self.options.described()},
             "classes": self.classes,
             "splits": {name: len(tasks) for name, tasks in self.splits.items()},
             "left_out": self.left_out,
@@ -68,17 +85,17 @@ def plan_of(source: Source, out: Path, options: Options) -> Plan:
         starts = range(0, len(items), options.shard_size)
         for number, start in enumerate(starts):
             target, some = plan.work / name / shard_name(number), items[start : start + options.shard_size]
-            task = Task(
-                source.reader, target, out / name / target.name, some, options.short, options.quality or QUALITY
-            )
+            moved, quality = out / name / target.name, options.quality or QUALITY
+            task = Task(source.reader, target, moved, some, options.short, quality, source.masks, options.masks)
             plan.splits.setdefault(name, []).append(task)
     return plan
 
 
 def identity_of(source: Source, options: Options) -> str:
     """Hash of what a dataset is made from, without reading the images."""
-    encoder = PIL.__version__ if options.short is not None else None  # another one writes other bytes
-    return source.identity(FORMAT, asdict(options), encoder)
+    encodes = options.short is not None or (options.masks is not None and options.masks.zero_ignored)
+    encoder = PIL.__version__ if encodes else None  # another one writes other bytes
+    return source.identity(FORMAT, options.described(), encoder)
 
 
 def shard_name(number: int) -> str:
@@ -97,7 +114,8 @@ def _split(source: Source, options: Options) -> dict[str, list[Item]]:
         held_out = key64("val", options.seed, source.names[i]) < options.val_ratio * 2**63
         part = ("val" if held_out else "train") if options.val_ratio else ""
         label = number[source.labels[i]] if source.labels is not None else None
-        parts[part].append(Item(source.names[i], source.keys[i], source.places[i], label))
+        mask = source.mask_places[i] if source.mask_places is not None else None
+        parts[part].append(Item(source.names[i], source.keys[i], source.places[i], label, mask))
     if empty := [part for part, items in parts.items() if not items]:
         raise ConfigError(
             f"val_ratio={options.val_ratio} leaves no image of {len(source.names)} for {empty[0]}; choose another"

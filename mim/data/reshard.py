@@ -2,7 +2,7 @@
 
 Shards differ by at most one sample. Classes, statistics and what was left out stay; a quarantine moves along. Keys stay
 too, unless two shards of the dataset share one: then the shard's name becomes part of every key. Only the members of
-the schema are copied (image and label).
+the schema are copied (image, label and label map).
 
 As in `make`, nothing is visible in OUT before all is whole, and what a killed copy had finished is kept, under the hash
 of dataset and options.
@@ -144,12 +144,14 @@ def _copy(task: Task) -> tuple[Written, bool]:
     def samples() -> Iterator[dict[str, Any]]:
         for number in range(task.start, task.end):
             shard, row = dataset.locate(number)
-            sample = dataset.read(shard, row)
+            sample = dataset.read(shard, row, label_map=True)
             file, _, key = sample.key.partition("/")
             name = f"{Path(file).stem}/{key}" if task.qualified else key
-            yield sample_of(name, dataset.image_ending(shard, row), sample.image, sample.label)
+            images = {dataset.image_ending(shard, row): sample.image, dataset.label_map_ending: sample.label_map}
+            yield sample_of(name, images, sample.label)
 
-    size, sha256 = store_shard(task.target, samples(), labelled=dataset.classes is not None)
+    labelled, label_map = dataset.classes is not None, dataset.label_map_ending
+    size, sha256 = store_shard(task.target, samples(), labelled=labelled, label_map=label_map)
     written = Written(task.target.name, size, sha256, task.end - task.start)
     facts.save(facts_file(task.target), written)
     return written, False

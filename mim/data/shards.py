@@ -1,6 +1,7 @@
 """The dataset folder: ordinary WebDataset tars, one index per tar, and a lock that says what they must be.
 
     shard-00000.tar      samples `key.jpg` (png, webp, bmp, tif, npy) and, when labelled, `key.cls` (an ASCII integer)
+                         and `key.seg.png` (the class of every pixel, mim/data/label_map.py)
     shard-00000.npy      structured array, a row per sample: hash of the key; offset, size and CRC32 of each member
     dataset.lock.json    format, ordered shards (file, size, sha256, count), schema, statistics, what was left out
 
@@ -39,6 +40,7 @@ FORMAT = 1
 LOCK = "dataset.lock.json"
 QUARANTINE = "quarantine.json"  # by verify: samples whose bytes are right, and that the decoder refuses
 LABEL_MEMBER = "cls"
+MEMBERS = ("image", "label", "label_map")  # of a sample
 MAX_SPAN = 2 * MAX_BYTES  # of one sample, header and padding included: what one read may take in memory
 MEMBER = np.dtype([("offset", "<u8"), ("size", "<u4"), ("crc32", "<u4")])
 
@@ -59,6 +61,7 @@ class Sample(NamedTuple):
     key: str  # "shard-00000.tar/<key>"
     image: memoryview  # of what was read: nothing is copied
     label: int | None
+    label_map: memoryview | None = None  # where it was asked for
 
 
 class Dataset:
@@ -70,6 +73,7 @@ class Dataset:
         self.counts = np.array([shard["count"] for shard in lock["shards"]], dtype=np.int64)
         self._ends = np.cumsum(self.counts)
         self.classes: list[str] | None = lock["schema"]["classes"]
+        self.pixel_classes: list[str] | None = lock["schema"].get("pixel_classes")  # of label maps
         statistics = lock["statistics"]
         self.mean: list[float] = statistics["mean"]  # per channel, of pixels in [0, 1]
         self.std: list[float] = statistics["std"]
@@ -81,7 +85,8 @@ class Dataset:
         self._locations = [location(path, shard) for shard in lock["shards"]]
         self._sizes: list[int] = [shard["size"] for shard in lock["shards"]]
         self._proofs: list[str] = [shard.get("proof", "bytes") for shard in lock["shards"]]
-        self._members = ["image", "label"] if self.classes is not None else ["image"]
+        self.label_map_ending: str | None = lock["schema"]["members"].get("label_map", [None])[0]
+        self._members = member_names(lock["schema"])
         self._indices: dict[int, np.ndarray] = {}
         self.remote_shards = {  # by their number
             number: RemoteShard(url, shard["size"], shard["sha256"])
@@ -133,33 +138,36 @@ class Dataset:
             self.gray = gray if alike else None
         self.range = value_range
 
-    def read(self, shard: int, row: int) -> Sample:
+    def read(self, shard: int, row: int, *, label_map: bool = False) -> Sample:
         """Read and verify one sample. Raises DataError on any difference from the index.
 
-        A damaged copy in the cache is fetched again, once.
+        A damaged copy in the cache is fetched again, once. label_map: read that too, where samples have one.
         """
         try:
-            return self.read_with(self._store, shard, row)
+            return self.read_with(self._store, shard, row, label_map=label_map)
         except DataError:
             if not self._store.recheck(self._locations[shard]):
                 raise
-            return self.read_with(self._store, shard, row)
+            return self.read_with(self._store, shard, row, label_map=label_map)
 
-    def read_with(self, store: Store, shard: int, row: int) -> Sample:
+    def read_with(self, store: Store, shard: int, row: int, *, label_map: bool = False) -> Sample:
         """`read` through a store of the caller's own, for a few samples of a shard that may be far away."""
-        record = self.record(shard, row)
+        record = self.record(shard, row, label_map=label_map)
         return self.unpack(record, store.pread(self._locations[shard], record.start, record.end - record.start))
 
-    def record(self, shard: int, row: int) -> Record:
-        """Look a sample up in the index. Raises DataError when that cannot be true."""
+    def record(self, shard: int, row: int, *, label_map: bool = False) -> Record:
+        """Look a sample up in the index, with its label map when asked. Raises DataError when that cannot be true."""
         key, *found = self.index(shard)[row].item()
-        start = min([offset for offset, _, _ in found]) - tar.BLOCK
-        end = max([offset + size for offset, size, _ in found])
+        members = dict(zip(self._members, found, strict=True))
+        if not label_map:
+            members.pop("label_map", None)
+        start = min([offset for offset, _, _ in members.values()]) - tar.BLOCK
+        end = max([offset + size for offset, size, _ in members.values()])
         if not (0 <= start <= end <= self._sizes[shard] and end - start <= MAX_SPAN):
             raise DataError(
                 f"{self._locations[shard]}, row {row}: the index is wrong, it leaves the shard; copy the dataset again"
             )
-        return Record(shard, key, start, end, dict(zip(self._members, found, strict=True)))
+        return Record(shard, key, start, end, members)
 
     def unpack(self, record: Record, data: bytes) -> Sample:
         """Verify the bytes that a record spans and take them apart. Raises DataError on any difference from it."""
@@ -170,19 +178,22 @@ class Dataset:
             raise DataError(f"{where}: the header differs from the index; the shard is damaged, copy it again")
         view, content = memoryview(data), {}
         for name, (offset, size, crc) in record.members.items():
+            member = name.replace("_", " ")
             at = offset - start  # of the member in `data`
             content[name] = view[at : at + size]
             if self._proofs[shard] == "headers":
                 header = data[at - tar.BLOCK : at]
                 of = self._key(record, offset - tar.BLOCK, header)
                 if tar.parse(header, where, offset - tar.BLOCK)[0] != size or key_hash(of) != record.key_hash:
-                    raise DataError(f"{where}: the header of the {name} differs from the index; index the shard again")
+                    raise DataError(
+                        f"{where}: the header of the {member} differs from the index; index the shard again"
+                    )
             elif crc32(content[name]) != crc:
                 raise DataError(
-                    f"{where}: CRC32 of the {name} differs from the index; the shard is damaged, copy it again"
+                    f"{where}: CRC32 of the {member} differs from the index; the shard is damaged, copy it again"
                 )
         label = self._label(bytes(content["label"]), where) if "label" in content else None
-        return Sample(f"{self._files[shard]}/{key}", content["image"], label)
+        return Sample(f"{self._files[shard]}/{key}", content["image"], label, content.get("label_map"))
 
     def image_ending(self, shard: int, row: int) -> str:
         """The ending of a sample's image member, as it is spelled."""
@@ -272,10 +283,21 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "width": statistics["width"],
         "mean": statistics["mean"],
         "std": statistics["std"],
+        **_pixels_of(schema, statistics),
         "num_measured": statistics.get("num_measured", sum(shard["count"] for shard in shards)),
         "dtype": statistics.get("dtype", "uint8"),
         "range": statistics.get("range"),
     }
+
+
+def _pixels_of(schema: dict[str, Any], statistics: dict[str, Any]) -> dict[str, Any]:
+    """What is known of label maps: the share of each class among the labelled pixels, and of ignored ones among all."""
+    if schema.get("pixel_classes") is None:
+        return {}
+    counts, ignored = statistics["pixel_counts"], statistics["ignored_pixels"]
+    labelled = max(sum(counts), 1)
+    shares = {n: round(count / labelled, 6) for n, count in zip(schema["pixel_classes"], counts, strict=True)}
+    return {"pixel_classes": shares, "ignored_pixels": round(ignored / max(sum(counts) + ignored, 1), 6)}
 
 
 def read_lock(path: Path) -> dict[str, Any]:
@@ -320,6 +342,11 @@ def dataset_id(shards: list[dict[str, Any]], schema: dict[str, Any]) -> str:
     hashes = [[s["sha256"] or s["headers_sha256"], s["size"], s["count"]] for s in shards]
     content = {"shards": hashes, "schema": schema}
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def member_names(schema: dict[str, Any]) -> list[str]:
+    """The members that a schema names, in the order of the index."""
+    return [name for name in MEMBERS if name in schema["members"]]
 
 
 def index_dtype(members: list[str]) -> np.dtype:

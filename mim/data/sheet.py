@@ -1,7 +1,8 @@
 """A contact sheet: a keyed sample of a dataset as one PNG, or as one HTML file that needs nothing beside it.
 
 The HTML names each image with its size, class and key; all text is escaped, and the page may load nothing. Channels
-beyond the first three are not shown; deep images are scaled from their own minimum to their maximum.
+beyond the first three are not shown; deep images are scaled from their own minimum to their maximum. A label map lies
+over its image, a colour for each class.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from torch import Tensor
 from mim.config import ConfigError
 from mim.contracts import StorageError
 from mim.data.decode import BadImage
+from mim.data.label_map import colours
 from mim.data.picks import keyed_picks
 from mim.data.shards import Dataset
-from mim.data.write import read_pixels
+from mim.data.write import read_sample
 
 NUM_SHOWN, COLUMNS = 64, 8
 SIDE, GAP = 128, 4  # pixels
@@ -76,24 +78,26 @@ def write_sheet(path: str | Path, file: Path) -> Path:
 
 
 def _tile(dataset: Dataset, pick: int) -> Tile:
-    sample = dataset.read(*dataset.locate(pick))
+    sample = dataset.read(*dataset.locate(pick), label_map=True)
     label = "" if sample.label is None or dataset.classes is None else f", {dataset.classes[sample.label]}"
     try:
-        _, pixels = read_pixels(sample.image)
+        _, pixels, label_map = read_sample(sample, dataset.pixel_classes)
     except BadImage as error:
         return Tile(sample.key, f"unreadable: {error}{label}", Image.new("RGB", (SIDE, SIDE), BROKEN))
     channels, height, width = pixels.shape
-    return Tile(sample.key, f"{height} x {width}, {channels} channels{label}", _thumbnail(pixels))
+    return Tile(sample.key, f"{height} x {width}, {channels} channels{label}", _thumbnail(pixels, label_map))
 
 
-def _thumbnail(pixels: Tensor) -> Image.Image:
-    """(C, H, W) -> the whole image inside a white square."""
+def _thumbnail(pixels: Tensor, label_map: Tensor | None) -> Image.Image:
+    """(C, H, W) -> the whole image inside a white square, half covered by the colours of its label map (H, W)."""
     shown = pixels.numpy()[: 3 if len(pixels) >= 3 else 1]  # (1 or 3, H, W)
     if shown.dtype != np.uint8:
         low, high = float(shown.min()), float(shown.max())
         shown = ((shown.astype(np.float64) - low) / max(high - low, 1e-12) * 255).round().astype(np.uint8)
     array = np.ascontiguousarray(shown.transpose(1, 2, 0))  # (H, W, 1 or 3)
     image = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).convert("RGB")
+    if label_map is not None:
+        image = Image.blend(image, Image.fromarray(colours()[label_map.numpy()]), 0.5)
     return ImageOps.pad(image, (SIDE, SIDE), color="white")
 
 

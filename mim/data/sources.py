@@ -50,6 +50,8 @@ class Source:
     labels: Sequence[str] | None = None  # class of each image
     ignored: dict[str, int] = field(default_factory=dict)  # files that are no images, by ending
     left_out: Sequence[dict[str, str]] = ()  # what was found to be unusable already
+    masks: Reader | None = None  # of the label map of each image
+    mask_places: Sequence[Any] | None = None  # what that reader takes
 
     @property
     def classes(self) -> list[str] | None:

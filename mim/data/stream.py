@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.utils import data as torch_data
 
 from mim.config import ConfigError
-from mim.contracts import Batch, DataError
+from mim.contracts import IGNORE, Batch, DataError
 from mim.data.augment import Image, Sizes
 from mim.data.decode import BadImage, Encoded, open_image
 from mim.data.formats import DTYPES
 from mim.data.jitter import jitter_, jitter_crops_
+from mim.data.label_map import Pair, decode_label_map
 from mim.data.mixture import AnyDataset, AnyOrder, bad_samples
 from mim.data.order import MicroBatch, Place, Plan, Slots, key64, permutation, rng
 from mim.data.prefetch import Prefetcher
@@ -35,7 +36,7 @@ from mim.data.stages import Clock
 from mim.log import say
 
 Shows = list[Tensor] | dict[str, Tensor]  # a view of each size, or crops (V, C, h, w) by their field in the batch
-View = Callable[[Image, np.random.Generator, Sizes], Shows]
+View = Callable[[Any, np.random.Generator, Sizes], Shows]  # of an Image, or of a Pair with its label map
 Mask = Callable[[np.random.Generator], "np.ndarray | Tensor"]  # -> (N,) bool
 Codes = Callable[[int, int, int], np.ndarray]  # (sample, view, draw) -> (N,) what a tokenizer made of it before
 Substitute = Callable[[int, int], Place]  # (row of the batch, attempt) -> the sample that takes its place
@@ -106,10 +107,16 @@ class Renderer:
     known: Mapping[int, Bad] = field(default_factory=dict)  # bad samples by their index: not decoded again
     views: int | None = None  # of every sample; None: each epoch has its own
     codes: Codes | None = None  # of these views
+    label_maps: bool = False  # read them too; then the view takes a Pair
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.sizes) <= len(VIEWS):
             raise ValueError(f"{len(self.sizes)} sizes; give one, or two with the tokenizer's")
+        if self.label_maps and self.dataset.pixel_classes is None:
+            raise ConfigError(
+                f"{self.dataset.path} has no label maps, or its sources have other classes of pixels; make shards that "
+                f"have them: mim shards make IMAGES OUT --masks DIR"
+            )
 
     def render(self, slots: Slots, num_real: int, size: int, substitute: Substitute | None = None) -> Batch:
         """Render the rows of `slots` into a batch of `size` rows, of which the first `num_real` count.
@@ -130,6 +137,8 @@ class Renderer:
         for value in batch.values():
             if isinstance(value, Tensor) and value is not batch["weight"]:
                 value[filled:] = value[0]
+        if "label_maps" in batch:
+            batch["label_maps"][num_real:] = IGNORE
         batch["keys"] += batch["keys"][:1] * (size - filled)
         return batch
 
@@ -162,10 +171,15 @@ class Renderer:
             clock.done("augment")
             named = views if isinstance(views, dict) else dict(zip(VIEWS, views))  # noqa: B905  one view or two
             for field_, view in named.items():
-                if field_ not in batch:
+                if field_ == "label_maps":
+                    if field_ not in batch:
+                        batch[field_] = torch.empty((len(batch["weight"]), *view.shape), dtype=torch.uint8)
+                elif field_ not in batch:
                     # Rows are (h, w, C) in memory, as the decoder leaves them: transposing costs more than copying.
                     rows = _fresh((len(batch["weight"]), *view.movedim(-3, -1).shape), self.dataset.dtype)
                     batch[field_] = rows.movedim(-1, -3)  # (B, C, h, w) or (B, V, C, h, w)
+                if batch[field_].shape[1:] != view.shape:
+                    raise ValueError(f"rows of a batch show {field_} of several sizes; use batches of one row")
                 batch[field_][row] = view
             batch["noise"][row] = key64("noise", *name)
             if self.jitter:
@@ -217,7 +231,7 @@ class Renderer:
             if place.sample in self.known:
                 refused[place.sample] = self.known[place.sample]
                 continue
-            sample = self.dataset.read(place.shard, place.row)
+            sample = self.dataset.read(place.shard, place.row, label_map=self.label_maps)
             clock.done("read")
             try:
                 image = self._open(sample, clock, several=several)
@@ -236,18 +250,26 @@ class Renderer:
             f"dataset, which names all such images, or make the shards again without them"
         )
 
-    def _open(self, sample: Sample, clock: Clock, *, several: bool) -> Image:
-        """The image of a sample, decoded whole when several draws of it follow, else perhaps when a box is cut."""
-        image = open_image(sample.image, self.channels, self.dataset.dtype)
-        if not isinstance(image, Encoded):
+    def _open(self, sample: Sample, clock: Clock, *, several: bool) -> Image | Pair:
+        """The image of a sample, decoded whole when several draws of it follow, else perhaps when a box is cut.
+
+        With label maps, the image and its own.
+        """
+        image: Image = open_image(sample.image, self.channels, self.dataset.dtype)
+        if isinstance(image, Encoded):
+            image = image.whole() if several else replace(image, when_cut=functools.partial(clock.done, "decode"))
+        if not self.label_maps:
             return image
-        return image.whole() if several else replace(image, when_cut=functools.partial(clock.done, "decode"))
+        assert sample.label_map is not None
+        assert self.dataset.pixel_classes is not None
+        height, width = image.shape[1:]
+        return Pair(image, decode_label_map(sample.label_map, (height, width), len(self.dataset.pixel_classes)))
 
 
 class Shown(NamedTuple):
     """What a row shows."""
 
-    image: Image
+    image: Image | Pair
     label: int | None
     key: str
     number: int  # index over the whole dataset
@@ -311,13 +333,14 @@ def loader(
     known: Mapping[int, Bad] | None = None,  # bad samples by their index over the dataset
     views: int | None = None,  # of every sample, as `data.views`
     codes: Codes | None = None,  # of these views, if they are known
+    label_maps: bool = False,  # with those of the images
     workers: int = 0,
     pin_memory: bool = False,
     timeout: float = TIMEOUT,  # seconds to wait for a worker before giving up; 0 waits for ever
 ) -> torch_data.DataLoader[Batch]:
     """Return the micro-batches of one rank: `num_steps * micro_batches` of them, in order."""
     plan = Plan(order.repeats, batch_size, rank, world, micro_batches, position, num_steps)
-    renderer = Renderer(dataset, view, sizes, mask, channels, order.seed, jitter, known or {}, views, codes)
+    renderer = Renderer(dataset, view, sizes, mask, channels, order.seed, jitter, known or {}, views, codes, label_maps)
     stream = Stream(order, renderer)
     indices: Iterable[MicroBatch] = plan
     if remote := dataset.remote_shards:
@@ -335,6 +358,7 @@ def evaluate(
     channels: int = 3,
     seed: int = 0,
     limit: int | None = None,
+    label_maps: bool = False,  # with those of the images
     only: Sequence[int] | None = None,
     workers: int = 0,
     pin_memory: bool = False,
@@ -351,7 +375,7 @@ def evaluate(
     chunks = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
     if only is not None:
         chunks = [chunks[number] for number in only]
-    evaluation = Evaluation(Renderer(dataset, view, sizes, mask, channels, seed))
+    evaluation = Evaluation(Renderer(dataset, view, sizes, mask, channels, seed, label_maps=label_maps))
     return in_order(evaluation, chunks, workers, pin_memory, timeout and max(timeout, dataset.longest_read()))
 
 
@@ -380,7 +404,8 @@ def value_range(dataset: AnyDataset, channels: int) -> list[list[float]]:
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Move a batch to the device, where its images become float32 in [0, 1].
 
-    `range` maps them, `jitter` changes their colours by the seeds `view_noise`; all three are used up.
+    `range` maps them, `jitter` changes their colours by the seeds `view_noise`; all three are used up. Label maps
+    become int64.
     """
     moved: Batch = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
     limits, strength, noise = moved.pop("range"), moved.pop("jitter", 0.0), moved.pop("view_noise", None)
@@ -389,6 +414,8 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         jitter_([views[name] for name in VIEWS if name in views], noise, strength)
     elif strength:
         jitter_crops_([views[name] for name in CROPS if name in views], noise, strength)
+    if "label_maps" in moved:
+        moved["label_maps"] = moved["label_maps"].long()
     return moved | views
 
 

@@ -137,16 +137,16 @@ def report_of(
         same_keys=same_keys,
         same_contents=duplicates.contents(dataset, {one.shard: one.contents for one in checked}),
         padding={entry["file"]: entry["padding"] for entry in entries if "padding" in entry},
-        decoded=_decoded(checked) if decode else None,
+        decoded=_decoded(checked, dataset.pixel_classes) if decode else None,
         quarantine=path / QUARANTINE if bad is not None else None,
         num_quarantined=bad,
     )
 
 
-def _decoded(checked: list[Checked]) -> dict[str, Any]:
+def _decoded(checked: list[Checked], pixel_classes: list[str] | None) -> dict[str, Any]:
     modes = sum((one.modes for one in checked), Counter[str]())
     written = [one.written for one in checked if one.written.count]
-    statistics = statistics_of(written, None) if written else {}
+    statistics = statistics_of(written, None, pixel_classes) if written else {}
     return {"modes": dict(modes.most_common()), **{k: v for k, v in statistics.items() if v is not None}}
 
 

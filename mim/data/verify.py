@@ -3,7 +3,7 @@
 Errors, which end in exit code 65:
     damaged         bytes that are not those of the index or the lock: truncated, flipped, replaced, mixed up
     duplicate_key   two samples of one shard with the same key
-    unreadable      the bytes are proven right, and the decoder refuses them (`decode` only)
+    unreadable      the bytes are proven right, and the decoder refuses them, or those of the label map (`decode` only)
 Told, but no error: keys that occur in several shards (a sample's name is shard/key), and images with the same bytes.
 
 With `decode`, the unreadable samples are written to `quarantine.json` beside the lock, which training reads. Only what
@@ -30,11 +30,11 @@ from mim.data import facts, tar
 from mim.data.checksum import crc32
 from mim.data.decode import FORMATS, BadImage
 from mim.data.parts import WHOLE, Part, read_parts, remove_parts
-from mim.data.shards import Dataset, read_lock
+from mim.data.shards import Dataset, Sample, read_lock
 from mim.data.store import Store
 from mim.data.verdict import IN_PARTS, Checked, Finding, VerifyReport, report_of
 from mim.data.workers import opened, run_all
-from mim.data.write import read_pixels, storing
+from mim.data.write import read_sample, storing
 from mim.log import write_json
 
 STEM = "verify"  # of the files that parts leave
@@ -124,7 +124,7 @@ def check_shard(dataset: Dataset, entry: dict[str, Any], shard: int, decode_imag
     checked.contents = np.zeros(len(index), np.uint64)
     for row in np.argsort(index["image"]["offset"], kind="stable").tolist():
         try:
-            record = dataset.record(shard, row)
+            record = dataset.record(shard, row, label_map=True)
             if record.start < file.at:
                 raise tar.refusal(location, record.start, "two samples of the index overlap")
             file.take_until(record.start)
@@ -134,7 +134,7 @@ def check_shard(dataset: Dataset, entry: dict[str, Any], shard: int, decode_imag
             continue
         checked.contents[row] = crc32(sample.image) << 32 | len(sample.image)
         if decode_images:
-            _decode(checked, entry, row, sample)
+            _decode(checked, entry, row, sample, dataset.pixel_classes)
     file.take_until(file.size)
     if reason := _hash_differs(location, entry, digest.hexdigest()):
         damaged(reason)
@@ -158,10 +158,10 @@ def _hash_differs(location: str, entry: dict[str, Any], sha256: str) -> str:
     return f"{location}: the {what} differs from the lock{fault}; the shard is damaged or another, copy it again"
 
 
-def _decode(checked: Checked, entry: dict[str, Any], row: int, sample: Any) -> None:
-    """Decode one image for its verdict, its mode and the statistics."""
+def _decode(checked: Checked, entry: dict[str, Any], row: int, sample: Sample, classes: list[str] | None) -> None:
+    """Decode one image and its label map for their verdict, the image's mode and the statistics."""
     try:
-        header, pixels = read_pixels(sample.image)
+        header, pixels, label_map = read_sample(sample, classes)
     except BadImage as error:
         proven = entry.get("proof", "bytes") == "bytes"
         reason = str(error) if proven else f"{error}; its bytes are not proven (index the shard without --headers-only)"
@@ -169,7 +169,7 @@ def _decode(checked: Checked, entry: dict[str, Any], row: int, sample: Any) -> N
         checked.findings.append(Finding("unreadable", entry["file"], row, key, reason, proven))
         return
     checked.modes[mode_of(sample.image, pixels)] += 1
-    checked.written.add(header, pixels, sample.label)
+    checked.written.add(header, pixels, label_map, sample.label)
 
 
 def mode_of(data: bytes | memoryview, pixels: Tensor) -> str:

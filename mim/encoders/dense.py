@@ -107,6 +107,7 @@ class Dense(nn.Module):
         self.depth = facts.depth
         self.patch_size = facts.patch_size
         self.facts = facts
+        self.stages = facts.stages  # block -> width and stride in pixels of its map
         asks = "return_prefix_tokens" in inspect.signature(model.forward_intermediates).parameters
         self._prefix = {"return_prefix_tokens": True} if asks else {}
         self._masked: tuple[Tensor, Tensor] | None = None  # mask (B, h, w) and mask token of the forward that runs

@@ -19,7 +19,8 @@ class Config:
     pool: str = "mean"  # over patches; class (token); class_mean: both side by side
     train_limit: int | None = None  # images; null: all
     val_limit: int | None = None
-    batch_size: int = 256
+    batch_size: int = 256  # images through the encoder at once
+    cache: str | None = None  # folder that keeps the features for the next evaluation; null: none
 
 
 def run(loaded: LoadedRun, cfg: Config) -> NamedValues:
