@@ -480,6 +480,7 @@ def averaged(job: Job) -> Iterator[Any]:
 
 def save(job: Job, step: int, fingerprint: int, averages: Averages) -> None:
     """Write a checkpoint (all ranks)."""
+    ranks.share_buffers(job.objective)  # whichever rank writes them
     state = {
         "position": step * job.cfg.optim.batch_size,
         "fingerprint": fingerprint,

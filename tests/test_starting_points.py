@@ -214,12 +214,21 @@ def test_a_fine_tuned_run_goes_on_at_twice_the_size_with_nearly_its_predictions(
     assert (after - before).square().mean() < 0.05 * (before.roll(1, dims=0) - before).square().mean()
 
 
-def test_positions_that_a_family_keeps_in_its_own_way_are_resampled_too(tmp_path):
-    section = {"name": "dense", "model": "crossvit_9_240"}
-    small, large = (encoder_of(section, size=size) for size in (240, 480))
+@pytest.mark.parametrize(
+    ("model", "options", "resized"),
+    [
+        ("hiera_tiny_224", {"embed_dim": 16, "num_heads": 1, "stages": [1, 1, 1, 1]}, {"pos_embed"}),
+        ("mobilevit_xxs", {}, set()),  # a tenth of its state counts the batches of BatchNorms
+    ],
+)
+def test_families_of_other_habits_are_filled_at_twice_the_size(tmp_path, model, options, resized):
+    section = {"name": "dense", "model": model, "options": options}
+    small, large = (encoder_of(section, size=size) for size in (64, 128))
     save_file({n: t.contiguous().clone() for n, t in small.model.state_dict().items()}, tmp_path / "file.safetensors")
     report = weights.initialize_encoder(large, str(tmp_path / "file.safetensors"))
-    assert set(report.resized) == {"pos_embed_0", "pos_embed_1"}
+    assert set(report.resized) == resized
+    assert report.reinitialised == []
+    assert len(report.loaded) + len(resized) == report.num_wanted
 
 
 def test_maps_of_positions_are_resampled_with_and_without_a_prefix_and_a_strange_count_is_not():
