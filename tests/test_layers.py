@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LEVELS = [
-    {"tokenizer", "mim.patches", "mim.masking", "mim.schedules", "mim.initialization", "mim.code_loss"},
+    {"tokenizer", "mim.patches", "mim.masking", "mim.schedules", "mim.initialization", "mim.code_loss", "mim.logistic"},
     {"mim.contracts", "mim.config", "mim.log", "mim.backbone", "mim.survey"},
     {"mim.data", "mim.encoders", "mim.optim"},
     {"mim.objectives", "mim.ranks"},
@@ -20,7 +20,8 @@ LEVELS = [
     {"mim.feature_cache", "mim.judged"},
     {"mim.bank_writer"},
     {"mim.features", "mim.experiment", "mim.footprint"},
-    {"mim.codes"},
+    {"mim.codes", "mim.probes"},
+    {"mim.sweep"},
     {"mim.evals", "mim.exports", "mim.report"},
     {"mim.train"},
     {"mim.demo", "mim.plan", "mim.shard_commands", "mim.make_tokens"},
