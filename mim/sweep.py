@@ -293,7 +293,7 @@ def judge(
     """Choose a rate for every column and a column by a part of the training split, fit them anew, judge on `val`.
 
     `make(column, rates)` makes the heads of a column. Yields `TITLE` and `TITLE_top5` (accuracy in [0, 1]) of the
-    chosen column, `TITLE_lr` and `TITLE_weight_decay` that it was trained with, and `TITLE/COLUMN` of each where there
+    chosen column, `TITLE_lr` and `TITLE_weight_decay` that it was trained with, and `TITLE_COLUMN` of each where there
     are several.
     """
     columns = list(train_samples.columns)
@@ -321,4 +321,4 @@ def judge(
     yield f"{title}_lr", chosen[first].base_lr
     yield f"{title}_weight_decay", chosen[first].weight_decay
     for column in columns if len(columns) > 1 else ():
-        yield f"{title}/{column}", found[column][0]
+        yield f"{title}_{column}", found[column][0]

@@ -81,7 +81,7 @@ def test_the_evaluation_tells_pictures_of_other_colours_apart_and_repeats_itself
 
 def test_each_layer_is_told(loaded_run):
     found = dict(attentive.run(loaded_run("mae"), Config(layers=[1, 2], **QUICK)))
-    assert {"attentive/1/tokens", "attentive/2/tokens"} <= set(found)
+    assert {"attentive_1/tokens", "attentive_2/tokens"} <= set(found)
 
 
 def test_more_patches_than_fit_are_refused_before_anything_is_embedded(loaded_run, monkeypatch):

@@ -128,6 +128,15 @@ def test_neighbours_are_those_of_a_full_sort_and_of_equal_ones_the_first(monkeyp
     assert (ids.view(7, 20, 3).diff(dim=2) == 20).all()  # i, i + 20, i + 40
 
 
+def test_of_equal_neighbours_more_than_k_the_first_are_taken():
+    """Ten copies of every row in one piece: three of the nearest ten are chosen, and always the same."""
+    once, queries = noise(30), noise(40, seed=1)
+    bank = Split(once.features.repeat_interleave(10, 0), once.labels.repeat_interleave(10))
+    ((_, ids),) = knn.neighbours(bank, queries, range(0, 40, 512), 3, torch.device("cpu"))
+    assert (ids[:, 0] % 10 == 0).all()
+    assert torch.equal(ids - ids[:, :1], torch.arange(3).expand(40, 3))
+
+
 def test_a_bank_without_labels_is_refused():
     empty = Split(torch.zeros(0, 16), torch.zeros(0, dtype=torch.int64))
     with pytest.raises(ConfigError, match="has no image with a label"):

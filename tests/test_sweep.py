@@ -260,8 +260,8 @@ def test_of_several_columns_the_better_one_is_chosen_and_each_is_told():
             **part.columns,
         }
     told = judged(found, val)
-    assert told["linear"] == told["linear/-1/mean"] == 1.0
-    assert told["linear/1/mean"] < 0.7
+    assert told["linear"] == told["linear_-1/mean"] == 1.0
+    assert told["linear_1/mean"] < 0.7
 
 
 def test_one_setting_of_one_column_needs_no_choice():

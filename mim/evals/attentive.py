@@ -28,7 +28,7 @@ from mim.probes import samples
 
 @dataclass
 class Config:
-    layers: list[int] = field(default_factory=lambda: [-1])  # blocks, from 1 or from the end
+    layers: list[int] = field(default_factory=lambda: [-1])  # blocks, from 1; negative: from the end
     base_lrs: list[float] = field(default_factory=lambda: [1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3])  # per 256 samples
     weight_decays: list[float] = field(default_factory=lambda: [5e-4, 5e-2])
     num_heads: int | None = None  # of the attention; null: width / 64
@@ -41,7 +41,8 @@ class Config:
     max_gib: float = 8.0  # of patches kept at once; more is refused before anything is embedded
     train_limit: int | None = None  # images; null: all
     val_limit: int | None = None
-    batch_size: int = 256  # images at once through the encoder
+    batch_size: int = 256  # images through the encoder at once
+    cache: str | None = None  # folder that keeps the features for the next evaluation; null: none
 
 
 def run(loaded: LoadedRun, cfg: Config) -> NamedValues:
@@ -54,7 +55,14 @@ def run(loaded: LoadedRun, cfg: Config) -> NamedValues:
         raise ConfigError(f"num_heads={num_heads} must divide the width of the encoder, {encoder.width}")
     refuse_too_much(loaded, cfg)
     wanted = Wanted(cfg.layers, ["tokens"])
-    found = banks(loaded, wanted, batch_size=cfg.batch_size, train_limit=cfg.train_limit, val_limit=cfg.val_limit)
+    found = banks(
+        loaded,
+        wanted,
+        batch_size=cfg.batch_size,
+        train_limit=cfg.train_limit,
+        val_limit=cfg.val_limit,
+        cache=cfg.cache,
+    )
     train, val = samples(*found, where="attentive")
     device = next(encoder.parameters()).device
 

@@ -32,14 +32,15 @@ class Config:
     shots: list[int] = field(default_factory=lambda: [1, 5, 10])  # labelled images of a class
     draws: int = 5  # of the shots; big_vision has 3
     method: str = "ridge"  # ridge | nearest_mean | logistic
-    layer: int = -1  # block, from 1 or from the end
+    layer: int = -1  # block, from 1; negative: from the end, -1 the output
     pool: str = "mean"  # mean over patches, class, class_mean, ...
     l2: float = 1024.0  # of ridge
     inverse_penalty: float = 4000.0  # of logistic: scikit-learn's C, 1 / 0.00025
     seed: int = 0  # of the draws
     train_limit: int | None = None  # images that shots are drawn from; null: all
     val_limit: int | None = None
-    batch_size: int = 256  # images at once through the encoder
+    batch_size: int = 256  # images through the encoder at once
+    cache: str | None = None  # folder that keeps the features for the next evaluation; null: none
 
 
 Method = Callable[[Tensor, Tensor, Tensor, int, Config], Tensor]
@@ -54,7 +55,14 @@ def run(loaded: LoadedRun, cfg: Config) -> NamedValues:
     if cfg.pool == "tokens":
         raise ConfigError("pool=tokens: tokens are many vectors of an image, few-shot reads one; use mean")
     wanted = Wanted([cfg.layer], [cfg.pool])
-    found = banks(loaded, wanted, batch_size=cfg.batch_size, train_limit=cfg.train_limit, val_limit=cfg.val_limit)
+    found = banks(
+        loaded,
+        wanted,
+        batch_size=cfg.batch_size,
+        train_limit=cfg.train_limit,
+        val_limit=cfg.val_limit,
+        cache=cfg.cache,
+    )
     train, val = samples(*found, where="fewshot")
     device = next(loaded.encoder.parameters()).device
     for shots in sorted(set(cfg.shots)):

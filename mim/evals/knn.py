@@ -115,16 +115,28 @@ def neighbours(
         keys = directions(bank.features[start : start + BANK_ROWS])  # (m, D)
         order = ROWS - 1 - torch.arange(start, start + len(keys), device=device)
         for number, piece in enumerate(pieces):
-            ranked = _ranked(piece @ keys.T, order)  # (b, m)
-            joined = torch.cat([best[number], ranked], dim=1)
+            joined = torch.cat([best[number], _nearest(piece @ keys.T, order, k)], dim=1)
             best[number] = joined.topk(min(k, joined.shape[1]), dim=1).values
     for found in best:
         similarity = _bits_in_order((found // ROWS).int()).view(torch.float32)
         yield similarity.cpu(), (ROWS - 1 - found % ROWS).cpu()
 
 
+def _nearest(similarity: Tensor, order: Tensor, k: int) -> Tensor:
+    """The k largest of each row of cosines (b, m) as `_ranked` has them: (b, k), or (b, m) where m is less."""
+    values, ids = similarity.topk(min(k, similarity.shape[1]), dim=1)
+    found = _ranked(values, order[ids])
+    last = values[:, -1:]
+    undecided = (similarity == last).sum(dim=1) > (values == last).sum(
+        dim=1
+    )  # topk took any of those equal to the last
+    if undecided.any():
+        found[undecided] = _ranked(similarity[undecided], order).topk(values.shape[1], dim=1).values
+    return found
+
+
 def _ranked(similarity: Tensor, order: Tensor) -> Tensor:
-    """Cosines (b, m) and an order of the columns (m,), below `ROWS`, as int64 that compare like the pair of both."""
+    """Cosines (b, m) and an order of the columns, below `ROWS`, as int64 (b, m) that compare like the pair of both."""
     bits = _bits_in_order(similarity.view(torch.int32))
     return bits.long() * ROWS + order
 

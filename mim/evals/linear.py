@@ -31,7 +31,7 @@ from mim.probes import Samples, accuracies, choosing_part, samples
 @dataclass
 class Config:
     solver: str = "adamw"  # adamw | lars | lbfgs
-    layers: list[int] = field(default_factory=lambda: [-1])  # blocks, from 1 or from the end
+    layers: list[int] = field(default_factory=lambda: [-1])  # blocks, from 1; negative: from the end
     pools: list[str] = field(default_factory=lambda: ["mean"])  # mean over patches, class (token), class_mean
     base_lrs: list[float] | None = None  # per 256 samples of a batch; null: see RECIPES
     weight_decays: list[float] | None = None  # null: see RECIPES
@@ -44,7 +44,8 @@ class Config:
     seed: int = 0  # of the first weights, the batches and the part that chooses
     train_limit: int | None = None  # images; null: all
     val_limit: int | None = None
-    batch_size: int = 256  # images at once through the encoder
+    batch_size: int = 256  # images through the encoder at once
+    cache: str | None = None  # folder that keeps the features for the next evaluation; null: none
 
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -64,7 +65,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def run(loaded: LoadedRun, cfg: Config) -> NamedValues:
-    """Yield `linear`, the held-out accuracy in [0, 1], `linear_top5`, what was chosen, and `linear/COLUMN` of each."""
+    """Yield `linear`, the held-out accuracy in [0, 1], `linear_top5`, what was chosen, and `linear_COLUMN` of each."""
     if cfg.solver not in ("lbfgs", *RECIPES):
         raise ConfigError(f"solver={cfg.solver!r} is unknown; choose adamw, lars or lbfgs")
     if "tokens" in cfg.pools:
@@ -75,6 +76,7 @@ def run(loaded: LoadedRun, cfg: Config) -> NamedValues:
         batch_size=cfg.batch_size,
         train_limit=cfg.train_limit,
         val_limit=cfg.val_limit,
+        cache=cfg.cache,
     )
     train, val = samples(*found, where="linear")
     device = next(loaded.encoder.parameters()).device
@@ -145,7 +147,7 @@ def regression(train: Samples, val: Samples, device: torch.device, cfg: Config) 
         yield "linear_top5", results[first][1]
     yield "linear_c", chosen[first]
     for column in columns if len(columns) > 1 else ():
-        yield f"linear/{column}", results[column][0]
+        yield f"linear_{column}", results[column][0]
 
 
 def fits(
