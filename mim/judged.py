@@ -165,7 +165,8 @@ def _encoder(named: Named, data: stream.Config) -> tuple[str, Any]:
             section = _section(kind, named, sketch)
             module, cfg = config.component("mim.encoders", section, "encoder")
             cfg.mean, cfg.std = _statistics(named, data.channels)
-            return kind, module.build(cfg, image_size=build.image_size(data), channels=data.channels)
+            unmasked = {"masked": False} if kind == "dense" else {}
+            return kind, module.build(cfg, image_size=build.image_size(data), channels=data.channels, **unmasked)
         except ValueError as error:  # ConfigError, too
             refusals.append(str(error).replace("encoder.model=", ""))
     raise ConfigError(f"{named.architecture} cannot be judged: {'; as a dense model: '.join(refusals)}")

@@ -46,8 +46,8 @@ class Refused(ValueError):
 
 
 @torch.enable_grad()
-def survey(model: Any, image_size: tuple[int, int], channels: int) -> Survey:
-    """Run a model that holds no memory once and read off its shapes."""
+def survey(model: Any, image_size: tuple[int, int], channels: int, *, masked: bool = True) -> Survey:
+    """Run a model that holds no memory once and read off its shapes; `masked`: its tokens must be replaceable."""
     if not hasattr(model, "forward_intermediates"):
         raise Refused("has no forward_intermediates, through which features are read; choose another model")
     depths, modules = _depths(model), _modules(model)
@@ -67,7 +67,7 @@ def survey(model: Any, image_size: tuple[int, int], channels: int) -> Survey:
         )
     found = [_stem(name, model.get_submodule(name), outputs.get(name), images, (h, w)) for name in names]
     stems = [stem for stem in found if stem is not None and stem.width <= width]
-    if not stems:
+    if masked and not stems:
         raise Refused(
             f"has no {', '.join(STEMS[:-1])} or {STEMS[-1]} whose grid nests in the {h}x{w} of its output, so masked "
             f"tokens cannot be replaced; choose another model or image size"

@@ -58,6 +58,18 @@ def test_a_folder_without_large_images_is_refused(tmp_path):
         demo.main(tmp_path, tmp_path / "out")
 
 
+def test_the_probes_read_baselines_and_networks_from_one_pass_over_the_images(loaded_run, monkeypatch):
+    """An untrained encoder that stands for a trained one probes like the one that is drawn from the same seed."""
+    loaded = {name: loaded_run(name) for name in ("beit", "mae")}
+    for run in loaded.values():
+        run.config["optim"]["seed"] = 0
+        run.views.sizes = [(16, 16)]  # the ridge of raw pixels is as wide as there are
+    rows = demo._probe(loaded)
+    assert rows["random init, as MAE"] == rows["MAE"]
+    assert all(0 <= value <= 1 for row in rows.values() for value in (row["knn"], row["ridge"]))
+    assert rows["intensity histogram"] != rows["raw pixels"]
+
+
 def endless(shards, run):
     data = [f"data.path={shards / 'train'}", f"data.val_path={shards / 'val'}"]
     return ["mae_demo", *data, f"train.run={run}", "optim.length=100000 steps", "train.log_every=1 steps"]

@@ -105,6 +105,12 @@ def test_the_manifest_says_what_the_features_are_of(loaded_run, tmp_path):
     assert manifest["files"] == {"features.parquet": (tmp_path / "out/features.parquet").stat().st_size}
 
 
+def test_a_run_keeps_its_features_by_step_unless_told_otherwise(loaded_run):
+    loaded = loaded_run("mae")
+    dict(embed.run(loaded, embed.Config(limit=3)))
+    assert (loaded.path / "features/step-00000007/features.parquet").is_file()
+
+
 def test_a_folder_of_other_features_is_refused(loaded_run, tmp_path):
     loaded = loaded_run("mae")
     run(loaded, tmp_path / "out", limit=5)
@@ -119,7 +125,6 @@ def test_a_folder_of_other_features_is_refused(loaded_run, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"out": ""}, "out is missing; write mim eval embed MODEL SHARDS OUT"),
         ({"format": "csv"}, "format='csv' is unknown; choose parquet or npy"),
         ({"split": "test"}, "split='test' is unknown; choose train or val"),
     ],

@@ -80,7 +80,7 @@ def test_images_are_embedded_from_a_folder_that_is_named_by_its_place(mim, train
         (["knn", "{run}", "pretrained=true"], "eval.pretrained is not a known key"),
         (["reconstruction", "test_vit", "data.path=x"], "test_vit trains no objective, which reconstructs no images"),
         (["codebook", "test_vit", "data.path=x"], "test_vit has no tokenizer"),
-        (["embed", "{run}"], "out is missing"),
+        (["embed", "test_vit", "data.path=x"], "test_vit is no run directory, so out is missing"),
         (["knn", "{run}", "data.a.b=1", "data.a=1"], "data.a"),
     ],
 )

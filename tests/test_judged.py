@@ -9,6 +9,7 @@ from timm.models import save_for_hf
 
 from mim import judged
 from mim.config import ConfigError
+from mim.encoders import dense
 from mim.evals import knn
 from mim.features import Wanted, embedder
 
@@ -128,6 +129,15 @@ def test_what_cannot_be_judged_is_one_sentence(tmp_path, shards, model, data, op
     model = model.format(tmp=tmp_path, **{name: tmp_path / name for name in folders})
     with pytest.raises(ConfigError, match=message):
         judged.load(model, {"path": str(shards), **data}, options)
+
+
+def test_a_model_whose_tokens_cannot_be_replaced_can_be_judged():
+    cfg = dense.Config(model="densenet121")
+    with torch.device("meta"), pytest.raises(ValueError, match="masked tokens cannot be replaced"):
+        dense.build(cfg, image_size=(64, 64), channels=3)
+    with torch.device("meta"):
+        encoder = dense.build(cfg, image_size=(64, 64), channels=3, masked=False)
+        assert encoder(torch.rand(2, 3, 64, 64)).patches.shape == (2, 4, encoder.width)
 
 
 # ---- a run on other images -----------------------------------------------------------------------

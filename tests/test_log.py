@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from mim.log import Averages, Progress, RunLog, clock, heard, say, write_json
+from mim.log import Averages, Pace, Progress, RunLog, clock, heard, say, write_json
 
 
 def alone(value):
@@ -208,3 +208,13 @@ def test_only_the_main_rank_is_heard_while_all_ranks_run_a_block_and_all_are_aft
         raise ValueError("of a block")
     say("afterwards")
     assert capsys.readouterr().err.split("\n") == ["of the main rank", "afterwards", ""]
+
+
+def test_long_work_tells_now_and_then_how_far_it_is(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    pace = Pace("features of stripes", 100)
+    for seconds, count in ((10.0, 10), (20.0, 30), (21.0, 10)):
+        now[0] = seconds
+        pace.advance(count)
+    assert capsys.readouterr().err == "features of stripes: 40/100 images, 2.0 a second, left 0:30\n"

@@ -385,3 +385,21 @@ def test_each_crop_of_an_image_has_a_jitter_of_its_own(dataset):
         assert ((one - other).abs().flatten(1).max(dim=1).values > 0.01).all()
     again = to_device(batches(dataset, **options, jitter=0.4)[0], torch.device("cpu"))
     assert torch.equal(changed["images"], again["images"])
+
+
+def test_evaluation_may_show_some_of_its_batches(dataset):
+    """Dealt out, they are the batches of the whole."""
+    whole = list(evaluate(dataset, view=center, sizes=SIZES[:1], batch_size=5, limit=18))
+    for only in ([0, 2], [1, 3], []):
+        found = list(evaluate(dataset, view=center, sizes=SIZES[:1], batch_size=5, limit=18, only=only))
+        assert [batch["keys"] for batch in found] == [whole[number]["keys"] for number in only]
+        assert all(torch.equal(b["images"], whole[n]["images"]) for b, n in zip(found, only, strict=True))
+
+
+def test_evaluation_says_before_which_samples_it_shows(dataset):
+    samples = stream.evaluated(dataset, limit=9)
+    shown = [key for batch in evaluate(dataset, view=center, sizes=SIZES[:1], batch_size=4, limit=9)
+             for key in batch["keys"]]  # fmt: skip
+    assert shown == [dataset.read(*dataset.locate(int(i))).key for i in samples]
+    assert len(samples) == 9
+    assert stream.evaluated(dataset).tolist() == list(range(23))

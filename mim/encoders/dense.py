@@ -50,8 +50,11 @@ class Config:
     std: list[float] | None = None
 
 
-def build(cfg: Config, *, image_size: tuple[int, int], channels: int) -> Dense:
-    """Build the encoder for images of one size; what the model cannot serve is refused."""
+def build(cfg: Config, *, image_size: tuple[int, int], channels: int, masked: bool = True) -> Dense:
+    """Build the encoder for images of one size; what the model cannot serve is refused.
+
+    Not `masked`, it serves models whose tokens cannot be replaced, too, and is never given a mask.
+    """
     check(cfg)
     known = _options(cfg.model)
     if unknown := sorted(cfg.options.keys() - (known - RESERVED)):
@@ -66,7 +69,7 @@ def build(cfg: Config, *, image_size: tuple[int, int], channels: int) -> Dense:
     create = functools.partial(timm.create_model, cfg.model, in_chans=channels, num_classes=0, **shape, **cfg.options)
     try:
         with torch.device("meta"):
-            facts = survey(create().eval(), image_size, channels)
+            facts = survey(create().eval(), image_size, channels, masked=masked)
     except Refused as error:
         raise ValueError(f"encoder.model={cfg.model!r} {error}") from error
     except REFUSALS as error:  # timm's own checks of sizes, windows and options

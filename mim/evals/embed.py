@@ -17,7 +17,7 @@ from typing import Any
 import timm
 import torch
 
-from mim import __version__, bank_writer, build, config, ranks
+from mim import __version__, bank_writer, build, config, judged, ranks
 from mim.bank import blocks_of, fill
 from mim.config import ConfigError, difference
 from mim.contracts import LoadedRun, NamedValues
@@ -33,7 +33,8 @@ MANIFEST, WORK = "manifest.json", ".blocks"
 
 @dataclass
 class Config:
-    out: str = ""  # folder, new or empty, or one that was begun with the same settings
+    # folder, new or empty, or one that was begun with the same settings; null: features/ of the run directory
+    out: str | None = None
     format: str = "parquet"  # parquet | npy
     layers: list[int] = field(default_factory=lambda: [-1])  # blocks, from 1; negative: from the end
     pools: list[str] = field(default_factory=lambda: ["mean"])  # mean, class, class_mean, tokens (all patches)
@@ -45,13 +46,11 @@ class Config:
 
 def run(loaded: LoadedRun, cfg: Config) -> NamedValues:
     """Write the features; yield how many images and how many numbers of each there are."""
-    if not cfg.out:
-        raise ConfigError("out is missing; write mim eval embed MODEL SHARDS OUT")
     bank_writer.check_format(cfg.format)
     wanted = Wanted(cfg.layers, cfg.pools, cfg.dtype)
     embed, device = embedder(loaded, wanted), next(loaded.encoder.parameters()).device
+    out = _folder(loaded, cfg.out)
     dataset = _dataset(loaded, cfg.split)
-    out = Path(cfg.out).expanduser()
     found = binding(loaded, dataset, wanted, batch_size=cfg.batch_size, limit=cfg.limit)
     manifest = {
         "model": str(loaded.path),
@@ -78,6 +77,17 @@ def run(loaded: LoadedRun, cfg: Config) -> NamedValues:
         ranks.wait()
     yield "images", float(blocks[-1].end)
     yield "bytes", float(sum(json.loads((out / MANIFEST).read_bytes())["files"].values()))
+
+
+def _folder(loaded: LoadedRun, out: str | None) -> Path:
+    """Where the features are written."""
+    if out is not None:
+        return Path(out).expanduser()
+    if isinstance(loaded.objective, judged.Untrained):
+        raise ConfigError(
+            f"{loaded.path} is no run directory, so out is missing; write mim eval embed MODEL SHARDS OUT"
+        )
+    return loaded.path / "features" / f"step-{loaded.step:08d}"
 
 
 def _dataset(loaded: LoadedRun, split: str) -> Any:
