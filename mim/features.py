@@ -29,12 +29,7 @@ from mim.feature_cache import FeatureCache
 __all__ = ["Bank", "Embed", "Split", "Wanted", "bank", "banks", "embed_splits", "embedder", "protocol"]
 
 PROTOCOL = 1  # raised when the same settings would give other numbers
-MACHINE = (
-    "batch_size",
-    "cache",
-    "max_gib",
-    "pictures",
-)  # settings of an evaluation that do not change what it measures
+MACHINE = ("batch_size", "cache", "max_gib", "pictures")  # settings of an evaluation that change no number
 POOLS = ("mean", "class", "class_mean", "tokens")
 
 

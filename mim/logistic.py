@@ -28,14 +28,14 @@ class Scale(NamedTuple):
 
 
 class Classifier(NamedTuple):
-    """A fitted linear classifier: weights (D, classes), bias (classes,), float64."""
+    """A fitted linear classifier: weights (classes, D), bias (classes,), float64."""
 
     weights: Tensor
     bias: Tensor
     converged: bool = True
 
     def __call__(self, x: Tensor) -> Tensor:
-        return x @ self.weights + self.bias  # (n, classes)
+        return x @ self.weights.T + self.bias  # (n, classes)
 
 
 def scale_of(x: Tensor) -> Scale:
@@ -52,7 +52,7 @@ def fit(
     num_classes: int,
     start: Classifier | None = None,
     max_steps: int = 1000,
-    tolerance: float = 1e-6,
+    tolerance: float = 1e-5,
 ) -> Classifier:
     """Fit features (n, D) to labels (n,); `c` is scikit-learn's C, `start` a solution to begin from.
 
@@ -61,7 +61,7 @@ def fit(
     """
     x = x.double()
     n, width = x.shape
-    weights = x.new_zeros(width, num_classes) if start is None else start.weights.clone()
+    weights = x.new_zeros(num_classes, width) if start is None else start.weights.clone()
     bias = x.new_zeros(num_classes) if start is None else start.bias.clone()
     penalty = 1 / (c * n)
     optimizer = torch.optim.LBFGS(
@@ -88,13 +88,17 @@ def fit(
 
 
 def _loss_and_gradient(x: Tensor, labels: Tensor, weights: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean cross-entropy (0-d) and its gradients, a block of rows at a time."""
+    """Mean cross-entropy (0-d) and its gradients, a block of rows at a time.
+
+    Samples come last: a softmax over few classes is slow along the last dimension.
+    """
     n, num_classes = len(x), len(bias)
     loss, by_weights, by_bias = x.new_zeros(()), torch.zeros_like(weights), torch.zeros_like(bias)
     for rows, y in zip(x.split(block := max(1, LOGITS_AT_ONCE // num_classes)), labels.split(block), strict=True):
-        log_probs = F.log_softmax(rows @ weights + bias, dim=1)  # (b, classes)
-        loss += F.nll_loss(log_probs, y, reduction="sum") / n
-        errors = (log_probs.exp() - F.one_hot(y, num_classes)) / n  # (b, classes)
-        by_weights += rows.T @ errors
-        by_bias += errors.sum(dim=0)
+        log_probs = F.log_softmax(weights @ rows.T + bias[:, None], dim=0)  # (classes, b)
+        loss -= log_probs.gather(0, y[None]).sum() / n
+        errors = log_probs.exp_()
+        errors.scatter_add_(0, y[None], -errors.new_ones(1, len(y)))  # probabilities minus the truth
+        by_weights += errors @ rows / n
+        by_bias += errors.sum(dim=1) / n
     return loss, by_weights, by_bias

@@ -49,6 +49,13 @@ class Plan:
     warmup_ratio: float  # share of the updates in which rates rise linearly; then half a cosine to 0
     seed: int
 
+    def __post_init__(self) -> None:
+        for key, value in (("probe_batch_size", self.batch_size), ("epochs", self.epochs)):
+            if value < 1:
+                raise ConfigError(f"{key}={value} must be at least 1")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ConfigError(f"warmup_ratio={self.warmup_ratio} must lie between 0 and 1: a share of the updates")
+
 
 class Normalise(nn.Module):
     """BatchNorm without scale and shift, over all but the last dimension (MAE's main_linprobe.py, eps 1e-6).

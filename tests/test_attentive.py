@@ -96,9 +96,10 @@ def test_more_patches_than_fit_are_refused_before_anything_is_embedded(loaded_ru
     attentive.refuse_too_much(loaded_run("mae"), Config(layers=[1, 2], train_limit=40, max_gib=tight))
 
 
-def test_heads_that_do_not_divide_the_width_are_refused(loaded_run):
-    with pytest.raises(ConfigError, match="num_heads=5 must divide the width of the encoder, 32"):
-        dict(attentive.run(loaded_run("mae"), Config(num_heads=5)))
+@pytest.mark.parametrize("num_heads", [5, 0, -4])
+def test_heads_that_do_not_divide_the_width_are_refused(loaded_run, num_heads):
+    with pytest.raises(ConfigError, match=f"num_heads={num_heads} must divide the width of the encoder, 32"):
+        dict(attentive.run(loaded_run("mae"), Config(num_heads=num_heads)))
 
 
 def test_a_tokenizer_run_is_refused(loaded_run):

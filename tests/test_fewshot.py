@@ -124,6 +124,7 @@ def test_a_single_draw_has_no_std(loaded_run):
         ({"method": "svm"}, "method='svm' is unknown; choose ridge, nearest_mean, logistic"),
         ({"shots": []}, "must be numbers of at least 1"),
         ({"shots": [0]}, "must be numbers of at least 1"),
+        ({"l2": 0.0}, "l2=0 and inverse_penalty=4000 must be above 0"),
         ({"draws": 0}, "draws=0 must be numbers of at least 1"),
         ({"shots": [500]}, "shots=500, but a class of the training split has [0-9]+ labelled images; use fewer"),
         ({"pool": "tokens"}, "tokens are many vectors of an image, few-shot reads one"),

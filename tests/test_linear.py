@@ -12,6 +12,7 @@ from mim.config import ConfigError
 from mim.data.make import make
 from mim.evals import linear
 from mim.evals.linear import Config, fits, heads, regression
+from mim.log import Pace
 from mim.probes import samples
 
 CPU = torch.device("cpu")
@@ -62,8 +63,10 @@ def test_lars_learns_too(digits):
 
 
 def test_each_c_is_fitted_as_if_it_were_alone(digits):
-    together = dict(fits(*digits, "-1/mean", CPU, [0.001, 0.01]))
-    assert together[0.01] == pytest.approx(dict(fits(*digits, "-1/mean", CPU, [0.01]))[0.01], abs=2e-3)
+    together = dict(fits(*digits, "-1/mean", CPU, [0.001, 0.01], pace=Pace("test", 3)))
+    assert together[0.01] == pytest.approx(
+        dict(fits(*digits, "-1/mean", CPU, [0.01], pace=Pace("test", 3)))[0.01], abs=2e-3
+    )
 
 
 def test_the_c_is_chosen_by_a_part_of_the_training_split(digits):
@@ -137,6 +140,9 @@ def test_the_published_settings_are_there_and_what_is_given_replaces_them(digits
         ({"base_lrs": []}, r"base_lrs=\[\] must be a list"),
         ({"choice_ratio": 1.5}, "choice_ratio=1.5 must lie between 0 and 1"),
         ({"layers": [7]}, "layer 7 does not exist"),
+        ({"epochs": 0}, "epochs=0 must be at least 1"),
+        ({"probe_batch_size": 0}, "probe_batch_size=0 must be at least 1"),
+        ({"warmup_ratio": 2.0}, "warmup_ratio=2.0 must lie between 0 and 1"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(loaded_run, options, message):

@@ -32,7 +32,7 @@ def test_the_solution_is_that_of_scikit_learn(c):
     ours = fit(x[:1200], labels[:1200], c=c, num_classes=10, tolerance=1e-8)
     theirs = LogisticRegression(C=c, tol=1e-8, max_iter=5000).fit(x[:1200].numpy(), labels[:1200].numpy())
     assert ours.converged
-    assert np.abs(ours.weights.T.numpy() - theirs.coef_).max() < 2e-3 * np.abs(theirs.coef_).max()
+    assert np.abs(ours.weights.numpy() - theirs.coef_).max() < 2e-3 * np.abs(theirs.coef_).max()
     bias = ours.bias - ours.bias.mean()  # a constant over the classes changes nothing, and nothing decides it
     assert np.abs(bias.numpy() - theirs.intercept_ + theirs.intercept_.mean()).max() < 2e-3
     accuracy = (ours(x[1200:]).argmax(dim=1) == labels[1200:]).double().mean().item()
@@ -41,9 +41,9 @@ def test_the_solution_is_that_of_scikit_learn(c):
 
 def test_the_gradient_is_that_of_the_loss():
     x, labels = noise()
-    weights = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(3, dtype=torch.float64, requires_grad=True)
-    expected = F.cross_entropy(x @ weights + bias, labels)
+    expected = F.cross_entropy(x @ weights.T + bias, labels)
     expected.backward()
     loss, by_weights, by_bias = logistic._loss_and_gradient(x, labels, weights.detach(), bias.detach())
     assert torch.allclose(loss, expected.detach())
@@ -53,15 +53,15 @@ def test_the_gradient_is_that_of_the_loss():
 
 def test_blocks_of_rows_add_up_to_the_whole(monkeypatch):
     x, labels = noise()
-    whole = fit(x, labels, c=1.0, num_classes=3)
+    whole = fit(x, labels, c=1.0, num_classes=3, tolerance=1e-8)
     monkeypatch.setattr(logistic, "LOGITS_AT_ONCE", 21)  # 7 rows of 3 classes
-    assert torch.allclose(fit(x, labels, c=1.0, num_classes=3).weights, whole.weights, atol=1e-5)
+    assert torch.allclose(fit(x, labels, c=1.0, num_classes=3, tolerance=1e-8).weights, whole.weights, atol=1e-5)
 
 
 def test_a_solution_to_begin_from_changes_the_way_but_not_the_end():
     x, labels = noise()
-    cold = fit(x, labels, c=1.0, num_classes=3)
-    warm = fit(x, labels, c=1.0, num_classes=3, start=fit(x, labels, c=0.01, num_classes=3))
+    cold = fit(x, labels, c=1.0, num_classes=3, tolerance=1e-8)
+    warm = fit(x, labels, c=1.0, num_classes=3, tolerance=1e-8, start=fit(x, labels, c=0.01, num_classes=3))
     assert torch.allclose(warm.weights, cold.weights, atol=1e-4)
 
 

@@ -50,8 +50,8 @@ def run(loaded: LoadedRun, cfg: Config) -> NamedValues:
     encoder = loaded.encoder
     if encoder is None:
         raise ConfigError(f"{loaded.path} trains a tokenizer and has no encoder; this evaluation needs one")
-    num_heads = cfg.num_heads or max(1, encoder.width // 64)
-    if encoder.width % num_heads:
+    num_heads = max(1, encoder.width // 64) if cfg.num_heads is None else cfg.num_heads
+    if num_heads < 1 or encoder.width % num_heads:
         raise ConfigError(f"num_heads={num_heads} must divide the width of the encoder, {encoder.width}")
     refuse_too_much(loaded, cfg)
     wanted = Wanted(cfg.layers, ["tokens"])

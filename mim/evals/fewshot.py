@@ -52,6 +52,8 @@ def run(loaded: LoadedRun, cfg: Config) -> NamedValues:
         raise ConfigError(f"method={cfg.method!r} is unknown; choose {', '.join(METHODS)}")
     if not cfg.shots or min(cfg.shots) < 1 or cfg.draws < 1:
         raise ConfigError(f"shots={cfg.shots} and draws={cfg.draws} must be numbers of at least 1")
+    if cfg.l2 <= 0 or cfg.inverse_penalty <= 0:
+        raise ConfigError(f"l2={cfg.l2:g} and inverse_penalty={cfg.inverse_penalty:g} must be above 0")
     if cfg.pool == "tokens":
         raise ConfigError("pool=tokens: tokens are many vectors of an image, few-shot reads one; use mean")
     wanted = Wanted([cfg.layer], [cfg.pool])

@@ -24,7 +24,7 @@ from mim import logistic, sweep
 from mim.config import ConfigError
 from mim.contracts import LoadedRun, NamedValues
 from mim.features import Wanted, banks
-from mim.log import say
+from mim.log import Pace, say
 from mim.probes import Samples, accuracies, choosing_part, samples
 
 
@@ -131,17 +131,18 @@ def regression(train: Samples, val: Samples, device: torch.device, cfg: Config) 
         raise ConfigError(f"inverse_penalties={cfg.inverse_penalties} must be positive numbers, C of scikit-learn")
     columns = list(train.columns)
     chosen, first = dict.fromkeys(columns, cs[0]), columns[0]
+    pace = Pace("linear: L-BFGS", (len(cs) + 1) * len(columns), unit="fits")
     if len(cs) * len(columns) > 1:
         which = choosing_part(train, ratio=cfg.choice_ratio, seed=cfg.seed)
         learning, choosing = train.part(~which), train.part(which)
-        table = {column: dict(fits(learning, choosing, column, device, cs)) for column in columns}
+        table = {column: dict(fits(learning, choosing, column, device, cs, pace=pace)) for column in columns}
         for column, found in table.items():
             say(
                 f"linear: {column}, lbfgs; % by C  " + "  ".join(f"{c:g}: {100 * a:.1f}" for c, (a, _) in found.items())
             )
             chosen[column] = max(found, key=found.__getitem__)
         first = max(columns, key=lambda column: table[column][chosen[column]])
-    results = {column: dict(fits(train, val, column, device, [c]))[c] for column, c in chosen.items()}
+    results = {column: dict(fits(train, val, column, device, [c], pace=pace))[c] for column, c in chosen.items()}
     yield "linear", results[first][0]
     if train.num_classes > 5:
         yield "linear_top5", results[first][1]
@@ -151,7 +152,7 @@ def regression(train: Samples, val: Samples, device: torch.device, cfg: Config) 
 
 
 def fits(
-    train: Samples, judged: Samples, column: str, device: torch.device, cs: list[float]
+    train: Samples, judged: Samples, column: str, device: torch.device, cs: list[float], *, pace: Pace
 ) -> Iterator[tuple[float, tuple[float, float]]]:
     """Fit `train` with every C, each from the solution of the one before; yield C and accuracies (of 1, of 5)."""
     x, labels = train.features(column, device), train.labels.to(device)
@@ -160,6 +161,7 @@ def fits(
     found: logistic.Classifier | None = None
     for c in cs:
         found = logistic.fit(x, labels, c=c, num_classes=train.num_classes, start=found)
+        pace.advance(1)
         if not found.converged:
             say(f"linear: {column}, C={c:g}: L-BFGS stopped before it converged")
         scores = found(queries)
