@@ -157,7 +157,7 @@ def edit(change):
 CONFIGS = {
     "another number of heads": (lambda c: c["model_args"].update(num_heads=4), "differs"),
     "another depth": (lambda c: c["model_args"].update(depth=1), "cannot load"),
-    "another patch size": (lambda c: c["model_args"].update(patch_size=4), "cannot load"),
+    "another patch size": (lambda c: c["model_args"].update(patch_size=4), "pos_embed of the reloaded"),
     "a norm more": (lambda c: c["model_args"].update(pre_norm=True), "cannot load"),
     "another activation": (lambda c: c["model_args"].update(act_layer="relu"), "differs"),
     "another eps": (lambda c: (c.update(architecture="vit_base_patch16_clip_224"), c["model_args"].update(
