@@ -94,9 +94,9 @@ def export_folder(
     return report
 
 
-def fixed_batch(loaded: LoadedRun, *, rows: int = 2) -> Tensor:
-    """Images (rows, C, H, W) in [0, 1] of the run's channels and size: always the same, for every target."""
-    size = loaded.views.sizes[0]
+def fixed_batch(loaded: LoadedRun, *, rows: int = 2, size: tuple[int, int] | None = None) -> Tensor:
+    """Images (rows, C, H, W) in [0, 1] of the run's channels and size (or another): always the same."""
+    size = size or loaded.views.sizes[0]
     return torch.rand(rows, loaded.encoder.channels, *size, generator=torch.Generator().manual_seed(0))
 
 

@@ -8,9 +8,9 @@ def break_after_writing(monkeypatch, target, damage):
     """Let `damage(folder)` happen after a target has written and before it compares."""
     compare = target.compare
 
-    def damaged(loaded, folder, *arguments, **options):
+    def damaged(ours, folder, *arguments):
         damage(folder)
-        return compare(loaded, folder, *arguments, **options)
+        return compare(ours, folder, *arguments)
 
     monkeypatch.setattr(target, "compare", damaged)
 

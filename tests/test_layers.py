@@ -19,6 +19,8 @@ LEVELS = [
     {"mim.features", "mim.experiment", "mim.footprint"},
     {"mim.codes", "mim.model_card"},
     {"mim.export_folder"},
+    {"mim.timm_folder"},
+    {"mim.inference"},
     {"mim.evals", "mim.exports", "mim.report"},
     {"mim.train"},
     {"mim.demo", "mim.plan", "mim.shard_commands", "mim.make_tokens"},

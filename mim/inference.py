@@ -1,0 +1,111 @@
+"""A run as one function of its pixels, for programs that know nothing of training: what ONNX and torch.export get.
+
+Pixels in [0, 1] go in, normalisation is inside, so nobody can get it wrong; tokens, their pooled value and the logits
+of a classifier come out. The backbone is timm's at one fixed size: positions are a table of that size and are never
+resampled, because other runtimes have no antialiased bicubic resampling, or another one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mim import timm_folder
+from mim.config import ConfigError
+from mim.contracts import ExportError, LoadedRun
+
+POOLS = ("mean", "class")
+
+
+class Inference(nn.Module):
+    """Images (B, C, H, W) in [0, 1] -> prefix (B, R, D), patches (B, N, D) and pooled (B, D).
+
+    An encoder without prefix tokens has no `prefix` among its outputs.
+    """
+
+    def __init__(self, encoder: Any, *, pool: str) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.pool = pool
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the outputs by name, in a fixed order."""
+        features = self.encoder(images)
+        pooled = features.patches.mean(dim=1) if self.pool == "mean" else features.prefix[:, 0]  # (B, D)
+        outputs = {"patches": features.patches, "pooled": pooled}
+        return {"prefix": features.prefix, **outputs} if features.prefix.shape[1] else outputs
+
+
+@torch.no_grad()
+def fixed_size(loaded: LoadedRun, size: tuple[int, int]) -> Any:
+    """A copy of the run's encoder whose backbone is built for images of one size (H, W) alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        timm_folder.write(loaded, Path(folder), license="unknown")
+        changed = {} if size == tuple(loaded.views.sizes[0]) else {"img_size": size}
+        backbone = timm_folder.open_folder(Path(folder), num_classes=0, **changed)
+    (name,) = (name for name, child in loaded.encoder.named_children() if hasattr(child, "pretrained_cfg"))
+    twin = copy.deepcopy(loaded.encoder)
+    setattr(twin, name, backbone)
+    return twin.float().eval().requires_grad_(False)
+
+
+def inference(loaded: LoadedRun, *, size: tuple[int, int], pool: str) -> Inference:
+    """The function of a run at one image size."""
+    if pool not in POOLS:
+        raise ConfigError(f"pool={pool!r} is unknown; choose {' or '.join(POOLS)}")
+    return Inference(fixed_size(loaded, size), pool=pool).eval()
+
+
+@torch.no_grad()
+def expected(loaded: LoadedRun, images: Tensor, *, pool: str) -> dict[str, Tensor]:
+    """What the training encoder, as it is, makes of images in [0, 1]: the outputs of `Inference`."""
+    try:
+        return Inference(loaded.encoder.cpu().float().eval(), pool=pool)(images)
+    except ValueError as error:  # an encoder of one size
+        raise ConfigError(str(error)) from error
+
+
+def traced(network: Inference, images: Tensor) -> Any:
+    """The network as a program of torch.export for any number of images; the batch of the example must be above 1."""
+    try:
+        with quiet():
+            program = torch.export.export(network, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    except Exception as error:  # torch's own kinds differ by version
+        raise ExportError(
+            f"torch.export cannot trace this network: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from error
+    for node in program.graph.nodes:  # lines and paths of the source on this machine
+        node.meta.pop("stack_trace", None)
+    return program
+
+
+def notes(size: tuple[int, int], outputs: dict[str, Tensor]) -> tuple[str, ...]:
+    """What a model card tells of the function."""
+    shapes = ", ".join(f"`{name}` (B, {', '.join(map(str, t.shape[1:]))})" for name, t in outputs.items())
+    return (
+        f"Input `images` (B, C, {size[0]}, {size[1]}) in [0, 1], any B: the normalisation is INSIDE the model, the "
+        f"positions are of this size alone.",
+        f"Outputs: {shapes}.",
+    )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the remarks of the tracers on their own inner workings."""
+    before = logging.root.manager.disable
+    logging.disable(max(logging.WARNING, before))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
