@@ -20,7 +20,7 @@ import tokenizer as tokenizers
 from mim import checkpoint, config, frozen_networks, weights
 from mim.config import ConfigError
 from mim.contracts import DataError, LoadedRun
-from mim.data import make, shards, stream, tokens
+from mim.data import make, randaugment, shards, stream, tokens
 from mim.data.location import redact
 from mim.data.mixture import AnyDataset, Mixture
 from mim.log import say
@@ -85,6 +85,8 @@ def _build(sections: Sections, dataset: AnyDataset | None, load_frozen: bool) ->
     data = config.typed(stream.Config, sections["data"], "data")
     size = image_size(data)
     objective_module, objective_cfg = config.component("mim.objectives", sections.get("objective"), "objective")
+    if hasattr(objective_cfg, "num_classes"):
+        objective_cfg.num_classes = num_classes(objective_cfg.num_classes, dataset)
     resolved = {**sections, "data": config.plain(data)}
     resolved["objective"] = {"name": sections["objective"]["name"], **config.plain(objective_cfg)}
 
@@ -154,11 +156,14 @@ def _check_views(data: stream.Config, dataset: AnyDataset | None) -> None:
     if data.jitter and data.channels != 3:
         raise ConfigError(f"data.jitter={data.jitter} changes colours, but data.channels={data.channels}; use jitter=0")
     dtype = dataset.dtype if dataset is not None else "uint8"
+    if "policy" in data.view:
+        randaugment.transform_of(data.view["policy"], (0, 0, 0), 1)  # refused here, not in a worker
     for key, view in (("view", data.view), ("eval_view", data.eval_view)):
-        if view["name"].startswith("gray_") and (data.channels not in (1, 3) or dtype != "uint8"):
+        limited = view["name"].startswith(("gray_", "rand_"))
+        if limited and (data.channels not in (1, 3) or dtype != "uint8"):
             raise ConfigError(
                 f"data.{key}.name={view['name']} takes 8-bit images of 1 or 3 channels, not {data.channels} of "
-                f"{dtype}; use {view['name'].removeprefix('gray_')}"
+                f"{dtype}; use {view['name'].removeprefix('gray_').removeprefix('rand_augment_')}"
             )
 
 
@@ -194,6 +199,29 @@ def statistics(channels: int, dataset: AnyDataset | None) -> tuple[list[float], 
     if channels == 1 and dataset.gray is not None:
         return [dataset.gray["mean"]], [dataset.gray["std"]]
     return [float(np.mean(dataset.mean))] * channels, [float(np.mean(dataset.std))] * channels
+
+
+def num_classes(stated: int | None, dataset: AnyDataset | None) -> int:
+    """The classes of an objective: as its recipe states them, or the dataset's; the two must agree."""
+    if dataset is None:
+        if stated is None:
+            raise ConfigError(
+                "objective.num_classes is missing: without its dataset a recipe must state it, e.g. "
+                "objective.num_classes=1000"
+            )
+        return stated
+    if dataset.classes is None:
+        raise ConfigError(
+            f"{dataset.path} has no labels; make its shards with `mim shards make --labels-from-folders`, or set "
+            f"data.labels_from_folders=true for an image folder"
+        )
+    found = len(dataset.classes)
+    if stated not in (None, found):
+        raise ConfigError(
+            f"objective.num_classes={stated}, but {dataset.path} has {found}; set objective.num_classes={found}, or "
+            f"leave it out"
+        )
+    return found
 
 
 def open_data(sections: Sections) -> tuple[AnyDataset, shards.Dataset | None]:

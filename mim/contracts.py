@@ -15,8 +15,10 @@ A `Batch` is a dict:
     weight             (B,) float, 0 on rows that only pad a micro-batch
     noise              (B,) int64, a seed per sample for draws on the device
     view_noise         (B,) int64, the seeds of the colour jitter, which come again with `data.views`; used up with it
+    teacher_logits     (B, classes) written by a frozen classifier (DeiT)
     codes              (B, N) int64, written by the frozen tokenizer, or by the loader from a token cache
     labels             (B,) int64, -1 = unknown; absent when the dataset has none
+    soft_labels        (B, classes), written by `classify` where it mixes images
     keys               list[str], "shard.tar/sample", for messages and pictures; of a mixture after the source's path
     position           int, global positions consumed after this step
     epoch              int, epoch of the first row
@@ -117,6 +119,9 @@ class Objective(Protocol):
         """Return "loss" (B,) per sample and detached values: (B,) are weighted means, 0-d are logged as they are."""
         ...
 
+    # optional: prepare(batch) -> Batch, of a training batch on the device, before frozen networks see it: erases or
+    # mixes images, changes weights; draws from the default generators, which the loop seeds before each micro-batch
+    # optional: logits(batch) -> (B, classes), of an objective that classifies
     # optional: after_step(step: int, progress: Tensor) -> None, once per optimizer step (codebooks, moving teachers)
 
 

@@ -116,7 +116,8 @@ def _run(built: build.Built, found: Footprint, micro_batches: int, dtype: torch.
             inside = _inside(counted) - inside
             inner.gradients.clear()
             loss.sum().backward()
-            turn, end = inner.gradients[0], counted.get_total_flops()
+            end = counted.get_total_flops()
+            turn = inner.gradients[0] if inner.gradients else end  # none reach a frozen encoder
             forward = {own: inside, OUTSIDE: middle - start - inside}
             backward = {own: end - turn, OUTSIDE: turn - middle}
             for name in found.parts.keys() & forward.keys():

@@ -106,7 +106,7 @@ class Averages:
     def read(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Means per image, and per step for what `add_step` added; starts a new interval."""
         sums = self.state(reduce)
-        images, steps = sums.pop("images"), sums.pop("step/count")
+        images, steps = sums.pop("images") or 1.0, sums.pop("step/count")  # an interval may lack labelled images
         means = {k.removeprefix("step/"): v / (steps if k.startswith("step/") else images) for k, v in sums.items()}
         means |= {name: value.item() for name, value in self._last.items()}
         self._saved, self._sums, self._last = {}, {}, {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import random
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
@@ -324,8 +326,10 @@ def loader(job: Job, start: int) -> Any:
 
 
 def on_device(job: Job, batch: Batch) -> Batch:
-    """A batch on the device, with what the frozen networks write into it."""
+    """A batch on the device as the objective wants it, with what the frozen networks write into it."""
     batch = stream.to_device(batch, job.accelerator.device)
+    if hasattr(job.objective, "prepare"):
+        batch = job.objective.prepare(batch)
     frozen_networks.write_targets(job.built.frozen, batch)
     return batch
 
@@ -338,9 +342,15 @@ def num_workers(asked: int | None) -> int:
 
 
 def seed_draws(seed: int, step: int, rank: int, micro: int) -> None:
-    """Seed the default generators, from which drop path and dropout draw, by name: resume needs no generator state."""
+    """Seed the default generators of torch, numpy and python by name: resume needs no generator state.
+
+    Drop path, dropout, erasing and mixing draw from them.
+    """
     name = f"draws/{seed}/{step}/{rank}/{micro}".encode()
-    torch.manual_seed(int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "big"))
+    number = int.from_bytes(hashlib.blake2b(name, digest_size=7).digest(), "big")
+    torch.manual_seed(number)
+    np.random.seed(number % 2**32)
+    random.seed(number)
 
 
 # ---- update --------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ TINY = {
     "mae": {"decoder_width": 16, "decoder_depth": 1, "decoder_num_heads": 2},
     "beit": {"num_codes": 16},
     "beit2": {"num_codes": 16, "early_layer": 1},
+    "classify": {"num_classes": 3},
 }  # options that make a component small; one that is not named here is small enough as it is
 
 
@@ -99,7 +100,9 @@ def recipe(shards, saved_tokenizer):
         if objective == "tokenize":
             found["tokenizer"] = {"name": "dvae", **TINY["dvae"]}
         else:
-            found |= {"encoder": {"name": "vit", **TINY["vit"]}, "mask": {"name": "random", "ratio": 0.5}}
+            found["encoder"] = {"name": "vit", **TINY["vit"]}
+            if objective != "classify":
+                found["mask"] = {"name": "random", "ratio": 0.5}
         if objective in ("beit", "beit2"):
             found["tokenizer"] = {"recipe": "dvae", "path": str(saved_tokenizer)}
         return copy.deepcopy(found)

@@ -12,6 +12,7 @@ mixture    several datasets by weight      quarantine samples that cannot be dec
 shuffle    how well an order mixes         stages     seconds of reading, decoding, augmenting, collating
 stream     all of it as batches            diagnosis  what bounds the loader, and what to change
 tokens     codes of views, made before     jitter     colours, on the device
+randaugment  a view changed, keyed          mixing     erasing, mixup, CutMix, on the device
 plan, write, make, join, reshard, shrink   images -> dataset folder
 index      existing tars -> dataset folder verify     every byte once, quarantine
 """

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mim.data.decode import LUMA, Encoded
+from mim.data.randaugment import rand_augment
 
 Sizes = list[tuple[int, int]]  # (h, w) of each view
 Image = Tensor | Encoded  # (C, H, W)
@@ -122,6 +123,23 @@ def gray_center(
 ) -> list[Tensor]:
     """`center` with the photometric change of `gray_crop`: evaluation sees the distribution of training."""
     return _gray(center(image, rng, sizes, crop_ratio=crop_ratio), rng)
+
+
+def rand_augment_crop(
+    image: Image,
+    rng: np.random.Generator,
+    sizes: Sizes,
+    *,
+    scale: tuple[float, float] = (0.08, 1.0),  # as timm's training script, and with it BEiT, MAE and DeiT
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    hflip: float = 0.5,
+    policy: str = "rand-m9-mstd0.5-inc1",  # timm's notation; BEiT, MAE and DeiT alike
+    fill: tuple[int, int, int] = (124, 116, 104),  # levels outside a moved image; ImageNet's mean
+) -> list[Tensor]:
+    """`crop`, then RandAugment: for supervised training on 8-bit images of 1 or 3 channels."""
+    views = crop(image, rng, sizes, scale=scale, ratio=ratio, hflip=hflip)
+    seed = int(rng.integers(2**63))
+    return [rand_augment(view, seed, policy=policy, fill=tuple(fill)) for view in views]
 
 
 def _random_box(

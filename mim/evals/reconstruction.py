@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mim import build, frozen_networks
+from mim.config import ConfigError
 from mim.contracts import LoadedRun, NamedValues
 from mim.data import stream
 from mim.features import in_colour, sheet
@@ -27,6 +28,8 @@ class Config:
 
 def run(loaded: LoadedRun, cfg: Config) -> NamedValues:
     """Yield one picture of held-out images; the same images and masks at every call."""
+    if not hasattr(loaded.objective, "reconstruct"):
+        raise ConfigError(f"{loaded.path} trains {loaded.config['objective']['name']}, which reconstructs no images")
     train, val = build.open_data(loaded.config)
     views = loaded.views
     batches = stream.evaluate(
