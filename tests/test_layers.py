@@ -19,6 +19,7 @@ LEVELS = [
     {"mim.features", "mim.experiment", "mim.footprint"},
     {"mim.codes", "mim.model_card"},
     {"mim.export_folder"},
+    {"mim.timm_head"},
     {"mim.timm_folder"},
     {"mim.inference"},
     {"mim.evals", "mim.exports", "mim.report"},
