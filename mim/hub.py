@@ -21,9 +21,7 @@ def check(repository: str) -> None:
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         raise ConfigError("--push-to-hub needs the network, but HF_HUB_OFFLINE is set; unset it to upload")
     if huggingface_hub.get_token() is None:
-        raise ConfigError(
-            "--push-to-hub needs a token of the Hugging Face hub; run `hf auth login` or set HF_TOKEN to one that writes"
-        )
+        raise ConfigError("--push-to-hub needs a token of the Hugging Face hub; run `hf auth login` or set HF_TOKEN")
 
 
 def push(folder: Path, repository: str) -> str:
