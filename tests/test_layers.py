@@ -13,7 +13,7 @@ LEVELS = [
     {"mim.objectives", "mim.ranks"},
     {"mim.checkpoint"},
     {"mim.layouts", "mim.resample", "mim.frozen_networks"},
-    {"mim.weight_files"},
+    {"mim.weight_files", "mim.hf_layouts", "mim.hf_processor"},
     {"mim.weights"},
     {"mim.build", "mim.released_tokenizers"},
     {"mim.features", "mim.experiment", "mim.footprint"},
