@@ -86,7 +86,6 @@ def a_run(recipe, tmp_path):
         sections["data"].update(data or {})
         dense = encoder.get("name") == "dense"  # which shares no option with the recipe's ViT
         sections["encoder"] = encoder if dense else {**sections["encoder"], **encoder}
-        sections["mask"] = None if dense else sections["mask"]
         torch.manual_seed(0)
         built = build.build(sections)
         shaken(built.objective).requires_grad_(False)
