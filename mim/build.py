@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import tokenizer as tokenizers
-from mim import checkpoint, config, frozen_networks, weights
+from mim import checkpoint, classifying_teacher, config, frozen_networks, weights
 from mim.config import ConfigError
 from mim.contracts import DataError, LoadedRun
 from mim.data import make, randaugment, shards, stream, tokens
@@ -67,21 +67,24 @@ class Built:
         )
 
 
-def build(sections: Sections, *, dataset: AnyDataset | None = None, load_frozen: bool = True) -> Built:
+def build(
+    sections: Sections, *, dataset: AnyDataset | None = None, load_frozen: bool = True, trains: bool = True
+) -> Built:
     """Build everything that a recipe names.
 
     `dataset` supplies the pixel statistics that the recipe leaves open. With `load_frozen=False` a frozen tokenizer
-    or teacher is built from its own recipe with fresh weights instead of from its run (recipe tests).
+    or teacher is built from its own recipe with fresh weights instead of from its run (recipe tests). What `trains` not
+    needs no teacher that classifies.
     """
     try:
-        return _build(sections, dataset, load_frozen)
+        return _build(sections, dataset, load_frozen, trains)
     except (ConfigError, DataError):
         raise
     except (ValueError, RuntimeError) as error:  # what a component says about its own numbers
         raise ConfigError(str(error)) from error
 
 
-def _build(sections: Sections, dataset: AnyDataset | None, load_frozen: bool) -> Built:
+def _build(sections: Sections, dataset: AnyDataset | None, load_frozen: bool, trains: bool) -> Built:
     data = config.typed(stream.Config, sections["data"], "data")
     size = image_size(data)
     objective_module, objective_cfg = config.component("mim.objectives", sections.get("objective"), "objective")
@@ -116,7 +119,11 @@ def _build(sections: Sections, dataset: AnyDataset | None, load_frozen: bool) ->
                 resolved["tokenizer"] = {**sections["tokenizer"], "path": folder}
             known = cache.tokenizer if cache is not None else frozen["tokenizer"]
             sizes.append(_tokenizer_size(sections["tokenizer"], known, encoder.grid(size)))
-    if sections.get("teacher") is not None:
+    objective = objective_module.build(inner, objective_cfg)
+    distils = "teacher_logits" in objective.reads
+    if distils and trains:
+        frozen["teacher"], resolved["teacher"] = _classifier(sections.get("teacher"), load_frozen, data.channels)
+    elif sections.get("teacher") is not None and not distils:
         frozen["teacher"], resolved["teacher"] = _frozen_teacher(sections["teacher"], load_frozen, data.channels)
         theirs, ours = frozen["teacher"].grid, inner.grid(size)
         if theirs != ours:
@@ -124,7 +131,6 @@ def _build(sections: Sections, dataset: AnyDataset | None, load_frozen: bool) ->
                 f"the teacher sees {theirs[0]}x{theirs[1]} patches of an image, but the tokenizer makes "
                 f"{ours[0]}x{ours[1]} codes; choose data.image_size and tokenizer.stride so that they agree"
             )
-    objective = objective_module.build(inner, objective_cfg)
     objective.per_micro_batch |= normalises_batches(objective)
     _check_agreement(objective, sections, frozen if cache is None else {**frozen, "tokenizer": cache.tokenizer})
 
@@ -310,7 +316,7 @@ def load_run(path: Path | str, *, step: int | None = None, report: Callable[[str
         raise ConfigError(f"{run} has no checkpoint{'' if step is None else f' of step {step}'}; steps it has: {known}")
     if saved.get("tokens") is not None and frozen_networks.has_tokenizer(saved["tokenizer"]):
         saved = {**saved, "tokens": None}  # a cache serves training alone: a run is read without it
-    built = build(saved)
+    built = build(saved, trains=False)
     model = built.objective
     state = {f"model.{name}": value for name, value in model.state_dict().items()}
     if saved["optim"].get("ema") is not None:
@@ -458,6 +464,33 @@ def _released_teacher(
     return frozen_networks.Teacher(encoder, size).eval().requires_grad_(False), resolved
 
 
+def _classifier(
+    section: dict[str, Any] | None, load: bool, channels: int
+) -> tuple[classifying_teacher.Classifier, dict[str, Any]]:
+    """A teacher that classifies, and its section with the identity of the weights that were read."""
+    if section is None:
+        raise ConfigError(
+            "objective.distill needs a teacher; add teacher: {path: RUN} of objective.name=classify, or teacher: "
+            "{model: regnety_160.deit_in1k, pretrained: true}"
+        )
+    if section.get("model") is not None:
+        return classifying_teacher.of_timm(section, load=load, channels=channels)
+    known = ("recipe", "path", "step")
+    if unknown := set(section) - {*known, "experiment"}:
+        raise ConfigError(
+            f"teacher.{min(unknown)} is not a known key; known here: {', '.join((*known, *classifying_teacher.KEYS))}"
+        )
+    if not load:
+        built = build(config.read(section["recipe"]), load_frozen=False, trains=False)
+        size = image_size(built.views.data)
+        return classifying_teacher.of_objective(built.objective, size, section["recipe"]), section
+    path = frozen_networks.teacher_path(section)
+    run = load_run(path, step=section.get("step"))
+    found = {"path": str(path.absolute()), "step": run.step, "experiment": config.digest(run.config["experiment"])}
+    teacher = classifying_teacher.of_objective(run.objective, image_size(run.views.data), str(path))
+    return teacher, {**section, **found}
+
+
 def _tokenizer_size(section: dict[str, Any], tokenizer: Any, grid: tuple[int, int]) -> tuple[int, int]:
     """The image size at which the tokenizer's grid equals the patch grid; a size that the recipe states must fit."""
     fitting = grid[0] * tokenizer.stride, grid[1] * tokenizer.stride
@@ -494,6 +527,18 @@ def _check_agreement(objective: Any, sections: Sections, frozen: dict[str, Any])
             raise ConfigError(
                 f"objective.num_codes={objective.num_codes}, but the tokenizer has {theirs} codes; "
                 f"set objective.num_codes={theirs}"
+            )
+    if "teacher" in frozen and not {"targets", "teacher_logits"} & set(objective.reads):
+        raise ConfigError(
+            f"there is a teacher, but objective.name={name} reads nothing of it; "
+            + ("set objective.distill.kind=hard, or teacher=null" if name == "classify" else "set teacher=null")
+        )
+    if "teacher_logits" in objective.reads and "teacher" in frozen:
+        theirs, ours = frozen["teacher"].num_classes, objective.num_classes
+        if theirs != ours:
+            raise ConfigError(
+                f"the teacher knows {theirs} classes, but objective.num_classes={ours}; choose a teacher of the same "
+                f"classes in the same order"
             )
     if "targets" in objective.reads:
         if "teacher" not in frozen:

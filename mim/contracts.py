@@ -139,7 +139,11 @@ class LoadedRun:
 
 
 class Eval(Protocol):
-    """`run` of a file in evals/: the same from the loop as from a directory."""
+    """`run` of a file in evals/: the same from the loop as from a directory.
+
+    It runs on all ranks and yields the same on each, whether it deals its work out (`mim/ranks.py`) or not; only what
+    the main rank yields is written and said, so whatever else it writes is its own care.
+    """
 
     def __call__(self, loaded: LoadedRun, cfg: Any) -> Iterable[tuple[str, float | Image]]: ...
 

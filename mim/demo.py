@@ -34,7 +34,7 @@ from mim.data.make import make
 from mim.data.order import rng
 from mim.evals import codebook, knn, ridge
 from mim.exports import timm as timm_export
-from mim.features import Embed, Split, labelled_splits, pooled, ridge_accuracy
+from mim.features import Wanted, embed_splits, embedder, ridge_accuracy
 from mim.log import clock, say, write_json
 from mim.train import DONE, STOPPED
 
@@ -247,27 +247,23 @@ def _crops(pixels: np.ndarray, split: str, seed: int, photograph: int) -> Iterat
 
 def _probe(loaded: dict[str, LoadedRun]) -> dict[str, dict[str, float]]:
     """kNN and ridge accuracy of the baselines and of both runs, on the same held-out crops, each decoded once."""
-    embeds: dict[str, Embed] = {
-        "raw pixels": lambda images: images.flatten(1),
-        "intensity histogram": _histogram,
-        "random init, as BEiT": pooled(_untrained(loaded["beit"]), "mean"),
-        "BEiT": pooled(loaded["beit"], "mean"),
-        "random init, as MAE": pooled(_untrained(loaded["mae"]), "mean"),
-        "MAE": pooled(loaded["mae"], "mean"),
+    networks = {
+        "random init, as BEiT": _untrained(loaded["beit"]),
+        "BEiT": loaded["beit"],
+        "random init, as MAE": _untrained(loaded["mae"]),
+        "MAE": loaded["mae"],
     }
-    widths: list[int] = []
+    embeds = {name: embedder(network, Wanted()) for name, network in networks.items()}
 
-    def together(images: Tensor) -> Tensor:
-        found = [embed(images) for embed in embeds.values()]  # each (B, D)
-        widths[:] = [x.shape[1] for x in found]
-        return torch.cat(found, dim=1)
+    def together(images: Tensor) -> dict[str, Tensor]:
+        baselines = {"raw pixels": images.flatten(1), "intensity histogram": _histogram(images)}
+        return baselines | {name: embed(images)["-1/mean"] for name, embed in embeds.items()}  # each (B, D)
 
-    splits = labelled_splits(loaded["mae"], together, batch_size=64, train_limit=BANK_CROPS, val_limit=None)
-    parts = zip(*(split.features.split(widths, dim=1) for split in splits), strict=True)
+    train, val = embed_splits(loaded["mae"], together, batch_size=64, train_limit=BANK_CROPS, val_limit=None)
     knn_cfg, ridge_cfg = knn.Config(), ridge.Config()
     rows = {}
-    for name, (x, y) in zip(embeds, parts, strict=True):
-        bank, queries = Split(x, splits[0].labels), Split(y, splits[1].labels)
+    for name in train.columns:
+        bank, queries = train.split(name), val.split(name)
         rows[name] = {
             "knn": knn.knn_accuracy(bank, queries, k=knn_cfg.k, temperature=knn_cfg.temperature),
             "ridge": ridge_accuracy(bank, queries, strengths=ridge_cfg.strengths),

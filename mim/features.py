@@ -1,86 +1,185 @@
-"""What evaluations share: features of a labelled split, the ridge that judges them, and sheets of pictures."""
+"""What evaluations share: an encoder's features of a dataset, the ridge that judges them, and sheets of pictures.
+
+Several layers and poolings come from one pass over the encoder. Every layer is normed by the encoder's final norm, as
+DINOv2 is evaluated (Oquab et al. 2023, arXiv 2304.07193, appendix B.3), where it fits the width of the layer.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from mim import build
+from mim import build, config, ranks
+from mim.bank import Bank, Embed, Split, extract
 from mim.config import ConfigError
-from mim.contracts import LoadedRun
+from mim.contracts import Features, LoadedRun
 from mim.data import stream
 from mim.data.mixture import AnyDataset
 
-Embed = Callable[[Tensor], Tensor]  # images (B, C, H, W) in [0, 1] -> (B, D)
+__all__ = ["Bank", "Embed", "Split", "Wanted", "bank", "banks", "embed_splits", "embedder", "protocol"]
+
+PROTOCOL = 1  # raised when the same settings would give other numbers
+MACHINE = ("batch_size", "cache", "pictures")  # settings of an evaluation that do not change what it measures
+POOLS = ("mean", "class", "class_mean", "tokens")
 
 
 @dataclass
-class Split:
-    """Features (n, D) float32 and labels (n,) int64 of the labelled samples of a dataset, on the CPU."""
+class Wanted:
+    """Which features of the encoder."""
 
-    features: Tensor
-    labels: Tensor
+    layers: list[int] = field(default_factory=lambda: [-1])  # blocks from 1; negative: from the end, -1 the output
+    pools: list[str] = field(default_factory=lambda: ["mean"])  # mean | class | class_mean (side by side) | tokens
+    dtype: str = "float32"  # as they are kept: float32 | float16
+
+    def __post_init__(self) -> None:
+        if unknown := [pool for pool in self.pools if pool not in POOLS]:
+            raise ConfigError(f"pool={unknown[0]!r} is unknown; choose {', '.join(POOLS[:-1])} or {POOLS[-1]}")
+        if self.dtype not in ("float32", "float16"):
+            raise ConfigError(f"dtype={self.dtype!r} is unknown; choose float32 or float16")
+        if not self.layers or not self.pools:
+            raise ConfigError("layers and pools must name at least one each, e.g. layers=[-1] pools=[mean]")
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns, layer by layer."""
+        return [f"{layer}/{pool}" for layer in self.layers for pool in self.pools]
 
 
-def pooled(loaded: LoadedRun, pool: str) -> Embed:
-    """The encoder's features of an image: the mean over patches ("mean") or the class token ("class")."""
+def embedder(loaded: LoadedRun, wanted: Wanted) -> Embed:
+    """The function that makes the columns of a batch of images."""
     encoder = loaded.encoder
     if encoder is None:
         raise ConfigError(f"{loaded.path} trains a tokenizer and has no encoder; this evaluation needs one")
-    if pool not in ("mean", "class"):
-        raise ConfigError(f"pool={pool!r} is unknown; choose mean or class")
-    device = next(encoder.parameters()).device
+    depth = encoder.depth
+    if wrong := [layer for layer in wanted.layers if not 1 <= abs(layer) <= depth]:
+        raise ConfigError(f"layer {wrong[0]} does not exist; the encoder has blocks 1 to {depth}, or -{depth} to -1")
+    indices = [layer - 1 if layer > 0 else layer for layer in wanted.layers]
+    dtype = getattr(torch, wanted.dtype)
 
-    def embed(images: Tensor) -> Tensor:
-        features = encoder(images.to(device))
-        if pool == "class" and not features.prefix.shape[1]:
-            raise ConfigError("pool=class, but the encoder has no class token; use pool=mean")
-        return (features.patches.mean(dim=1) if pool == "mean" else features.prefix[:, 0]).float().cpu()
+    def embed(images: Tensor) -> dict[str, Tensor]:
+        try:
+            layers = encoder.layers(images, indices, norm=True)
+        except ValueError as error:  # a block without an output, images of a size that it cannot take
+            raise ConfigError(str(error)) from error
+        return {
+            f"{layer}/{pool}": _pool(features, pool).to(dtype)
+            for layer, features in zip(wanted.layers, layers, strict=True)
+            for pool in wanted.pools
+        }
 
     return embed
 
 
-@torch.no_grad()
-def extract(dataset: AnyDataset, views: build.Views, embed: Embed, *, batch_size: int, limit: int | None) -> Split:
-    """Embed every labelled sample of a dataset, or a fixed random subset of `limit`."""
-    if dataset.classes is None:
-        raise ConfigError(
-            f"{dataset.path} has no labels; make its shards with `mim shards make --labels-from-folders`, "
-            f"or set data.labels_from_folders=true for an image folder"
-        )
-    features, labels = [], []
-    for batch in stream.evaluate(
-        dataset,
-        view=views.evaluation,
-        sizes=views.sizes[:1],
-        channels=views.data.channels,
-        batch_size=batch_size,
-        limit=limit,
-    ):
-        features.append(embed(stream.to_device(batch, torch.device("cpu"))["images"]))
-        labels.append(batch["labels"])
-    x, y = torch.cat(features), torch.cat(labels)
-    return Split(x[y >= 0], y[y >= 0])
+def _pool(features: Features, pool: str) -> Tensor:
+    """One vector of an image (B, D), (B, 2 D) of class_mean, or all its patches (B, N, D)."""
+    if pool == "tokens":
+        return features.patches.float()
+    if pool != "mean" and not features.prefix.shape[1]:
+        raise ConfigError(f"pool={pool}, but the encoder has no class token; use pool=mean")
+    mean = features.patches.mean(dim=1).float()
+    if pool == "mean":
+        return mean
+    token = features.prefix[:, 0].float()
+    return token if pool == "class" else torch.cat([token, mean], dim=1)
 
 
-def labelled_splits(
+def bank(
+    loaded: LoadedRun,
+    dataset: AnyDataset,
+    wanted: Wanted,
+    *,
+    batch_size: int = 256,
+    limit: int | None = None,  # a fixed random subset; None: all
+    cache: Path | None = None,  # folder of features on disk
+) -> Bank:
+    """The wanted features of every sample of a dataset; called by all ranks, each gets everything."""
+    embed = embedder(loaded, wanted)
+    device = next(loaded.encoder.parameters()).device
+    return extract(dataset, loaded.views, embed, device=device, batch_size=batch_size, limit=limit)
+
+
+def banks(
+    loaded: LoadedRun,
+    wanted: Wanted,
+    *,
+    batch_size: int = 256,
+    train_limit: int | None = None,
+    val_limit: int | None = None,
+    cache: Path | None = None,
+) -> tuple[Bank, Bank]:
+    """The wanted features of the labelled training and held-out split of a run's data."""
+    train, val = labelled_data(loaded)
+    return (
+        bank(loaded, train, wanted, batch_size=batch_size, limit=train_limit, cache=cache),
+        bank(loaded, val, wanted, batch_size=batch_size, limit=val_limit, cache=cache),
+    )
+
+
+def embed_splits(
     loaded: LoadedRun, embed: Embed, *, batch_size: int, train_limit: int | None, val_limit: int | None
-) -> tuple[Split, Split]:
-    """Embed the training split (the bank) and the held-out split (the queries) of a run's data."""
-    train, val = build.open_data(loaded.config)
+) -> tuple[Bank, Bank]:
+    """As `banks`, with columns of the caller's own making, on the CPU."""
+    train, val = labelled_data(loaded)
+    cpu = torch.device("cpu")
+    return (
+        extract(train, loaded.views, embed, device=cpu, batch_size=batch_size, limit=train_limit),
+        extract(val, loaded.views, embed, device=cpu, batch_size=batch_size, limit=val_limit),
+    )
+
+
+def labelled_data(loaded: LoadedRun) -> tuple[AnyDataset, AnyDataset]:
+    """The training and the held-out split of a run's data, both with labels. Raises ConfigError."""
+    with ranks.main_first():  # an image folder is made into shards once
+        train, val = build.open_data(loaded.config)
     if val is None:
         raise ConfigError(
             "there is no held-out split; give data.val_path, or make shards with `mim shards make --val-ratio 0.1`"
         )
-    return (
-        extract(train, loaded.views, embed, batch_size=batch_size, limit=train_limit),
-        extract(val, loaded.views, embed, batch_size=batch_size, limit=val_limit),
-    )
+    for dataset in (train, val):
+        if dataset.classes is None:
+            raise ConfigError(
+                f"{dataset.path} has no labels; make its shards with `mim shards make --labels-from-folders`, "
+                f"or set data.labels_from_folders=true for an image folder"
+            )
+    return train, val
+
+
+def protocol(loaded: LoadedRun, cfg: Any) -> str:
+    """A short hash of all that a number depends on but the weights: two results with the same one can be compared.
+
+    cfg: the evaluation's own Config. Where the data lie, and how fast they are read, is no part of it.
+    """
+    train, val = build.open_data(loaded.config)
+    settings = {key: value for key, value in config.plain(cfg).items() if key not in MACHINE}
+    content = {
+        "protocol": PROTOCOL,
+        "eval": type(cfg).__module__,
+        "settings": settings,
+        "data": [None if dataset is None else dataset.id for dataset in (train, val)],
+        "pixels": pixels(loaded, train),
+    }
+    return config.digest(content)[:12]
+
+
+def pixels(loaded: LoadedRun, dataset: AnyDataset) -> dict[str, Any]:
+    """What decides the pixels that the encoder sees of an image of a dataset, as plain data."""
+    views = loaded.views
+    parameters = inspect.signature(views.evaluation).parameters.values()
+    options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    return {
+        "view": {"name": views.data.eval_view["name"], **options},
+        "size": list(views.sizes[0]),
+        "channels": views.data.channels,
+        "range": stream.value_range(dataset, views.data.channels),
+    }
 
 
 def ridge_accuracy(train: Split, val: Split, *, strengths: list[float]) -> float:

@@ -1,6 +1,7 @@
 """Frozen networks beside what is trained: where they lie, whether they will do, and what they write into a batch.
 
-A tokenizer writes `codes`, a teacher `targets`; a cache of codes may stand in the tokenizer's place.
+A tokenizer writes `codes`, a teacher `targets` or `teacher_logits`; a cache of codes may stand in the tokenizer's
+place.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from tokenizer.quantize import images_of
 
 @torch.no_grad()
 def write_targets(frozen: dict[str, Any], batch: Batch) -> None:
-    """Let the frozen networks write `codes` or `targets` into a batch that is on the device."""
+    """Let the frozen networks write `codes`, `targets` or `teacher_logits` into a batch that is on the device."""
     if "teacher" in frozen:
-        batch["targets"] = frozen["teacher"](batch["images"])  # (B, N, D')
+        batch[frozen["teacher"].writes] = frozen["teacher"](batch["images"])  # (B, N, D') or (B, classes)
     if "tokenizer" in frozen:
         batch["codes"] = frozen["tokenizer"].encode(images_of(batch))  # (B, N)
 
@@ -50,6 +51,8 @@ def tokenizer_path(section: dict[str, Any]) -> Path:
 
 def teacher_path(section: dict[str, Any]) -> Path:
     """Where a frozen teacher comes from: a run directory, or `init` of one that others released."""
+    if section.get("model") is not None:  # of timm
+        return Path(str(section.get("init") or section["model"]))
     if section.get("encoder") is not None:
         if not section.get("init"):
             raise ConfigError(
@@ -136,6 +139,8 @@ class Deferred:
 
 class Teacher(torch.nn.Module):
     """A frozen encoder whose patch features are targets; it sees images at its own size and normalises them itself."""
+
+    writes = "targets"
 
     def __init__(self, encoder: Any, image_size: tuple[int, int]):
         super().__init__()

@@ -8,7 +8,6 @@ in other places, so pixels are the same only where nothing is resized. Values ar
 
 from __future__ import annotations
 
-import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mim.contracts import ExportError, LoadedRun
+from mim.timm_folder import crop_ratio
 
 BICUBIC = 3  # Pillow's number
 PIXEL_TOLERANCE = 1e-4  # of normalised pixels: rescaling and normalising are one step there and two here
@@ -46,13 +46,6 @@ def write(loaded: LoadedRun, folder: Path) -> None:
         "image_std": std,
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def write_timm(loaded: LoadedRun, folder: Path) -> None:
-    """Give the config.json of a timm folder, which is its image processor's too, the crop of the evaluation view."""
-    config = json.loads((folder / "config.json").read_text())
-    config["pretrained_cfg"]["crop_pct"] = crop_ratio(loaded)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def check(loaded: LoadedRun, folder: Path, images: Tensor) -> None:
@@ -97,12 +90,6 @@ def notes(loaded: LoadedRun) -> tuple[str, ...]:
             f'The image processor takes arrays of {channels} channels with input_data_format="channels_first".'
         )
     return tuple(found)
-
-
-def crop_ratio(loaded: LoadedRun) -> float:
-    """Side of the cut over the resized short side, as the evaluation view has it; 1 for a view without."""
-    option = inspect.signature(loaded.views.evaluation).parameters.get("crop_ratio")
-    return 1.0 if option is None else float(option.default)
 
 
 def ranges(loaded: LoadedRun) -> list[tuple[float, float]] | None:

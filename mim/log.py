@@ -18,11 +18,24 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+_heard = True  # whether this process says anything
+
 
 def say(message: str, *, main: bool = True) -> None:
     """Print one line for people, on standard error, above any progress bar."""
-    if main:
+    if main and _heard:
         tqdm.write(message, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def heard(main: bool) -> Iterator[None]:
+    """Let only the main rank say anything while all ranks run the block."""
+    global _heard
+    before, _heard = _heard, main
+    try:
+        yield
+    finally:
+        _heard = before
 
 
 @contextlib.contextmanager
@@ -159,6 +172,28 @@ class Progress:
 
     def close(self) -> None:
         self.bar.close()
+
+
+class Pace:
+    """A line now and then about work that takes long: how much is done, how fast it goes, how long it will take."""
+
+    EVERY = 15.0  # seconds
+
+    def __init__(self, title: str, total: int, *, main: bool = True, unit: str = "images") -> None:
+        self.title, self.total, self.main, self.unit = title, total, main, unit
+        self.done = 0
+        self.began = self._told = time.monotonic()
+
+    def advance(self, count: int) -> None:
+        """Count what was done."""
+        self.done = min(self.done + count, self.total)
+        now = time.monotonic()
+        if now - self._told < self.EVERY:
+            return
+        self._told = now
+        rate = self.done / (now - self.began)
+        left = clock((self.total - self.done) / rate)
+        say(f"{self.title}: {self.done}/{self.total} {self.unit}, {rate:.1f} a second, left {left}", main=self.main)
 
 
 def clock(seconds: float) -> str:

@@ -2,14 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from mim.data import stream
+
+
+def place() -> tuple[int, int]:
+    """Rank of this process, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def wait() -> None:
+    """Return when all ranks have come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def main_first() -> Iterator[None]:
+    """Run the block on the main rank, then on all others."""
+    if place()[0]:
+        wait()
+    yield
+    if not place()[0]:
+        wait()
+
+
+def told_by(rank: int, value: Tensor) -> Tensor:
+    """The tensor of one rank on all, on the CPU; the others give one of its shape and type, which may be filled."""
+    if not dist.is_initialized():
+        return value
+    sent = value.to(_device())
+    dist.broadcast(sent, rank)
+    return sent.cpu()
 
 
 def add(value: Tensor) -> Tensor:
@@ -23,7 +55,7 @@ def gather(values: list[Any], device: torch.device) -> list[Any]:
     """The lists of all ranks, joined in the order of ranks. They travel as JSON: nothing is unpickled."""
     if not dist.is_initialized():
         return values
-    text = torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8, device=device)
+    text = torch.frombuffer(bytearray(json.dumps(values).encode()), dtype=torch.uint8).to(device)
     sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
     sizes[dist.get_rank()] = len(text)
     lengths = add(sizes).tolist()
@@ -33,7 +65,7 @@ def gather(values: list[Any], device: torch.device) -> list[Any]:
     padded[: len(text)] = text
     texts = [torch.empty_like(padded) for _ in lengths]
     dist.all_gather(texts, padded)
-    lists = [json.loads(bytes(t[:n].tolist())) for t, n in zip(texts, lengths, strict=True)]
+    lists = [json.loads(t[:n].cpu().numpy().tobytes()) for t, n in zip(texts, lengths, strict=True)]
     return [value for found in lists for value in found]
 
 
@@ -45,9 +77,23 @@ def total_fingerprint(share: int, device: torch.device, main_rank: bool) -> int:
     return total % stream.FINGERPRINT_MODULUS if main_rank else 0
 
 
+def share_buffers(network: nn.Module) -> None:
+    """Give every rank the main rank's buffers: the running statistics of a BatchNorm differ by rank."""
+    if dist.is_initialized():
+        for buffer in network.buffers():
+            if buffer.is_floating_point():
+                dist.broadcast(buffer, src=0)
+
+
 def agree(stopping: bool) -> bool:
     """True on every rank when it is true on one."""
     if not dist.is_initialized():
         return stopping
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    return bool(add(torch.tensor(int(stopping), device=device)))
+    return bool(add(torch.tensor(int(stopping), device=_device())))
+
+
+def _device() -> torch.device:
+    """Where the tensors are that this group of processes sends."""
+    if dist.get_backend() != "nccl":
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())

@@ -28,7 +28,7 @@ from mim import __version__, build, checkpoint, config, experiment, frozen_netwo
 from mim.config import ConfigError
 from mim.contracts import Batch, DataError, LoadedRun
 from mim.data import mixture, quarantine, shuffle, stages, stream
-from mim.log import Averages, Progress, RunLog, say, write_json
+from mim.log import Averages, Progress, RunLog, heard, say, write_json
 from mim.schedules import to_steps
 
 
@@ -76,7 +76,7 @@ class Config:
     mask: dict[str, Any] | None = None
     tokenizer: dict[str, Any] | None = None
     tokens: str | None = None  # token cache (mim tokens make): the codes without running the tokenizer
-    teacher: dict[str, Any] | None = None  # frozen encoder whose features a tokenizer learns: {recipe: NAME, path: RUN}
+    teacher: dict[str, Any] | None = None  # frozen network whose features or decisions are learned: {path: RUN}
     init: Init = field(default_factory=Init)
     train: Machine = field(default_factory=Machine)
     evals: dict[str, Any] = field(default_factory=dict)  # NAME: {every: "10 epochs", option: value}
@@ -419,32 +419,37 @@ def eval_section(name: str, section: Any) -> dict[str, Any]:
 
 
 def look(job: Job, name: str, step: int, log: RunLog | None) -> None:
-    """Run one evaluation on the main rank, with averaged weights if there are any, and log what it yields."""
-    if job.accelerator.is_main_process:
-        module, cfg = config.component("mim.evals", eval_section(name, job.cfg.evals[name]), f"evals.{name}")
-        with averaged(job) as objective:
-            loaded = LoadedRun(
-                objective, objective.encoder, job.built.at_hand, job.built.views, job.built.sections, step, job.run
-            )
-            numbers, pictures = record(module.run(loaded, cfg), job.run / "pictures", step)
-        shown = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())
-        say(f"step {step}/{job.rates.total_steps}  {name}: {shown or ', '.join(pictures.values())}")
-        job.accelerator.log({f"{name}/{key}": value for key, value in numbers.items()}, step=step)
-        if log is not None:
-            log.write("eval", step, eval=name, **numbers, **pictures)
-        if name == "codebook":
-            job.card = numbers
-    job.accelerator.wait_for_everyone()
+    """Run one evaluation on all ranks, with averaged weights if there are any; the main rank logs what it yields.
+
+    An evaluation that deals its work out (mim/ranks.py) is shared; any other is computed by every rank alike, which
+    takes no longer than by one. None of them waits for another longer than their shares differ.
+    """
+    main_rank = job.accelerator.is_main_process
+    module, cfg = config.component("mim.evals", eval_section(name, job.cfg.evals[name]), f"evals.{name}")
+    ranks.share_buffers(job.objective)
+    with averaged(job) as objective, heard(main_rank):
+        loaded = LoadedRun(
+            objective, objective.encoder, job.built.at_hand, job.built.views, job.built.sections, step, job.run
+        )
+        numbers, pictures = record(module.run(loaded, cfg), job.run / "pictures", step, main=main_rank)
+    if name == "codebook":
+        job.card = numbers
+    shown = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())
+    say(f"step {step}/{job.rates.total_steps}  {name}: {shown or ', '.join(pictures.values())}", main=main_rank)
+    job.accelerator.log({f"{name}/{key}": value for key, value in numbers.items()}, step=step)
+    if log is not None:
+        log.write("eval", step, eval=name, **numbers, **pictures)
 
 
-def record(values: Any, folder: Path, step: int) -> tuple[dict[str, float], dict[str, str]]:
-    """Split what an evaluation yields into numbers and pictures; pictures are written as PNG."""
+def record(values: Any, folder: Path, step: int, *, main: bool = True) -> tuple[dict[str, float], dict[str, str]]:
+    """Split what an evaluation yields into numbers and pictures; the main rank writes pictures as PNG."""
     numbers, pictures = {}, {}
     for key, value in values:
         if hasattr(value, "save"):
-            folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"{key}-{step:08d}.png"
-            value.save(path)
+            if main:
+                folder.mkdir(parents=True, exist_ok=True)
+                value.save(path)
             pictures[key] = str(path)
         else:
             numbers[key] = float(value)

@@ -423,7 +423,7 @@ def test_a_run_is_exported(mim, trained, tmp_path):
         (["eval", "knn", "{run}", "k=few"], "eval.k: Value 'few'"),
         (["eval", "knn", "{run}", "k"], "'k' is not an option; write key=value, e.g. pool=class"),
         (["eval", "knn", "{run}", "k=["], "'k=[' is not an option: while parsing"),
-        (["eval", "knn", "{run}", "pool=max"], "pool='max' is unknown; choose mean or class"),
+        (["eval", "knn", "{run}", "pool=max"], "pool='max' is unknown; choose mean, class"),
         (["eval", "knn", "{run}", "--step", "5"], "{run} has no checkpoint of step 5; steps it has: 2"),
         (["eval", "codebook", "{run}"], "{run} has no tokenizer"),
         (["eval", "knn", "{run}/checkpoints"], "{run}/checkpoints is not a run directory"),

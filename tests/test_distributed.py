@@ -50,6 +50,20 @@ def test_a_run_of_two_processes_resumes_on_one_and_back(dataset, tmp_path):  # n
             assert mixed[name].float().allclose(value.float(), atol=1e-5), name
 
 
+def test_evaluations_run_on_all_processes_and_are_told_by_the_first(dataset, tmp_path):  # noqa: F811
+    path = recipe(dataset, tmp_path, encoder__drop_path_rate=0.0, data__val_path=str(dataset))
+    evals = ["evals.knn.every=4 steps", "evals.knn.k=3", "evals.reconstruction.every=7 steps"]
+    run(path, tmp_path / "one", *evals)
+    launched = torchrun(path, tmp_path / "two", *evals)
+    assert launched.returncode == 0, launched.stderr
+    one, two = ([e for e in lines(tmp_path / name) if e["event"] == "eval"] for name in ("one", "two"))
+    assert [(e["step"], e["eval"]) for e in one] == [(4, "knn"), (7, "knn"), (7, "reconstruction")]
+    assert [(e["step"], e["eval"], e.get("knn")) for e in two] == [(e["step"], e["eval"], e.get("knn")) for e in one]
+    assert launched.stderr.count("knn: knn") == 2
+    assert launched.stderr.count("reconstruction: ") == 1
+    assert [file.name for file in (tmp_path / "two/pictures").iterdir()] == ["reconstruction-00000007.png"]
+
+
 def test_a_wrong_batch_size_is_one_sentence_on_two_processes(dataset, tmp_path):  # noqa: F811
     path = recipe(dataset, tmp_path)
     failed = torchrun(path, tmp_path / "run", "optim.batch_size=3", "train.micro_batches=2")

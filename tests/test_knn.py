@@ -5,15 +5,9 @@ import math
 import pytest
 import torch
 
-from mim import build
-from mim.config import ConfigError
-from mim.contracts import Features
-from mim.data import stream
-from mim.data.make import make
-from mim.data.shards import Dataset
 from mim.evals import knn
 from mim.evals.knn import knn_accuracy
-from mim.features import Split, extract, pooled
+from mim.features import Split
 
 
 def clusters(num, classes=4, width=16, spread=0.1, seed=0):
@@ -93,79 +87,6 @@ def test_the_temperature_decides_between_one_near_and_two_far_neighbours():
         assert accuracy(bank, Split(query, torch.tensor([0])), k=3, temperature=temperature) == right
 
 
-# ---- features of a run ---------------------------------------------------------------------------
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(("pool", "of"), [("mean", lambda f: f.patches.mean(1)), ("class", lambda f: f.prefix[:, 0])])
-def test_features_are_the_mean_of_the_patches_or_the_class_token(loaded_run, pool, of):
-    loaded = loaded_run("mae")
-    images = torch.rand(2, 3, 32, 32)
-    assert torch.equal(pooled(loaded, pool)(images), of(loaded.encoder(images)))
-
-
-def test_an_unknown_pool_is_refused(loaded_run):
-    with pytest.raises(ConfigError, match="pool='max' is unknown; choose mean or class"):
-        pooled(loaded_run("mae"), "max")
-
-
-def test_a_class_token_that_is_not_there_is_refused(loaded_run):
-    loaded = loaded_run("mae")
-    loaded.encoder.forward = lambda images: Features(torch.zeros(2, 0, 32), torch.zeros(2, 16, 32))
-    assert pooled(loaded, "mean")(torch.rand(2, 3, 32, 32)).shape == (2, 32)
-    with pytest.raises(ConfigError, match="no class token; use pool=mean"):
-        pooled(loaded, "class")(torch.rand(2, 3, 32, 32))
-
-
-def test_a_tokenizer_run_is_refused(loaded_run):
-    with pytest.raises(ConfigError, match="has no encoder"):
-        pooled(loaded_run("tokenize"), "mean")
-
-
-def test_features_come_with_their_own_labels_and_a_limit_takes_a_subset(loaded_run):
-    """The label of a row is that of the picture in the row: the red, green or blue one."""
-    loaded = loaded_run("mae")
-    train, _ = build.open_data(loaded.config)
-
-    def spread(images):  # the channel of the stripes varies most
-        return images.flatten(2).std(dim=2)
-
-    whole = extract(train, loaded.views, spread, batch_size=7, limit=None)
-    assert len(whole.labels) == len(train)
-    assert train.classes == ["columns", "rows", "slopes"]
-    assert torch.equal(whole.features.argmax(dim=1), whole.labels)
-    part = extract(train, loaded.views, spread, batch_size=7, limit=9)
-    assert len(part.labels) == 9
-    assert {tuple(row) for row in part.features.tolist()} <= {tuple(row) for row in whole.features.tolist()}
-
-
-def test_data_without_labels_is_refused_with_the_remedy(loaded_run, image_folder, tmp_path):
-    make(image_folder, tmp_path / "unlabelled", workers=1)
-    with pytest.raises(
-        ConfigError, match="has no labels; make its shards with `mim shards make --labels-from-folders`"
-    ):
-        extract(Dataset.open(tmp_path / "unlabelled"), loaded_run("mae").views, None, batch_size=8, limit=None)
-
-
-def test_data_without_a_held_out_split_is_refused_with_the_remedy(loaded_run, shards):
-    loaded = loaded_run("mae")
-    loaded.config["data"]["path"] = str(shards / "train")
-    with pytest.raises(ConfigError, match="there is no held-out split"):
-        dict(knn.run(loaded, knn.Config()))
-
-
 def test_the_evaluation_beats_chance_on_pictures_of_other_colours(loaded_run):
     """An untrained encoder tells red from green from blue stripes."""
     assert dict(knn.run(loaded_run("mae"), knn.Config(k=5)))["knn"] > 0.9
-
-
-def test_the_evaluation_never_looks_at_the_training_view(loaded_run, monkeypatch):
-    loaded = loaded_run("mae")
-    monkeypatch.setattr(loaded.views, "train", None)
-    seen = []
-    evaluate = stream.evaluate
-    monkeypatch.setattr(
-        stream, "evaluate", lambda *a, **options: seen.append(options["view"]) or evaluate(*a, **options)
-    )
-    dict(knn.run(loaded, knn.Config()))
-    assert seen == [loaded.views.evaluation] * 2

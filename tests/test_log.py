@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from mim.log import Averages, Progress, RunLog, clock, write_json
+from mim.log import Averages, Progress, RunLog, clock, heard, say, write_json
 
 
 def alone(value):
@@ -197,3 +197,14 @@ def test_rates_are_those_since_the_last_look(monkeypatch):
 @pytest.mark.parametrize(("seconds", "shown"), [(0, "0:00"), (61, "1:01"), (3723, "1:02:03"), (59.6, "1:00")])
 def test_a_clock_shows_hours_only_when_there_are_any(seconds, shown):
     assert clock(seconds) == shown
+
+
+def test_only_the_main_rank_is_heard_while_all_ranks_run_a_block_and_all_are_afterwards(capsys):
+    with heard(False):
+        say("of another rank")
+        with heard(True):
+            say("of the main rank")
+    with pytest.raises(ValueError, match="of a block"), heard(False):
+        raise ValueError("of a block")
+    say("afterwards")
+    assert capsys.readouterr().err.split("\n") == ["of the main rank", "afterwards", ""]

@@ -1,15 +1,21 @@
 """The export to timm is the module itself: read back as a user would, it differs by exactly nothing."""
 
 import json
+import socket
 
+import conftest
+import numpy as np
 import pytest
 import timm
 import torch
 from broken_export import alter, break_after_writing, shaken_run
+from PIL import Image
 from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 
-from mim.contracts import ExportError
+from mim import build
+from mim.contracts import ExportError, LoadedRun
+from mim.data.shards import Dataset
 from mim.exports import timm as target
 
 VARIANTS = {
@@ -88,7 +94,95 @@ def test_the_data_config_of_timm_holds_size_and_statistics_of_the_run(exported):
     assert found["input_size"] == (3, 32, 32)
     assert found["mean"] == pytest.approx((0.1, 0.2, 0.3))
     assert found["std"] == pytest.approx((0.4, 0.5, 0.6))
-    assert found["crop_pct"] == 1.0
+    assert found["crop_pct"] == 0.875  # of the run's evaluation view, here the default
+
+
+def test_the_transform_of_timm_frames_an_image_as_the_run_evaluates_it(exported):
+    loaded, folder, _ = exported()
+    rows, columns = np.mgrid[:64, :96]
+    pixels = np.stack([rows * 3, columns * 2, rows + columns], axis=-1).astype(np.uint8)  # (H, W, C), smooth
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    theirs = timm.data.create_transform(**resolve_model_data_config(model))(Image.fromarray(pixels))
+    (view,) = loaded.views.evaluation(torch.from_numpy(pixels).permute(2, 0, 1), np.random.default_rng(0), [(32, 32)])
+    ours = loaded.encoder.normalize(view[None].float() / 255)[0]
+    assert theirs.shape == ours.shape
+    assert (theirs - ours).abs().mean() < 0.02  # the box is cut before resizing here and after it there
+
+
+USES = {
+    "another size": ({"img_size": (48, 64)}, (3, 48, 64)),
+    "one channel": ({"in_chans": 1}, (1, 32, 32)),
+    "more channels": ({"in_chans": 5}, (5, 32, 32)),
+    "another number of classes": ({"num_classes": 7}, (3, 32, 32)),
+    "images of any size": ({"dynamic_img_size": True}, (3, 64, 32)),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("use", USES)
+def test_what_a_user_of_timm_asks_for_works_offline(use, exported, monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError("the network was used")
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    _, folder, _ = exported(positions="sincos", num_registers=2)
+    options, size = USES[use]
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True, **options).eval()
+    found = model(torch.rand(2, *size))
+    assert found.shape == (2, options.get("num_classes", 32))
+
+
+@torch.no_grad()
+def test_features_only_gives_the_maps_of_the_run(exported):
+    loaded, folder, _ = exported()
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True, out_indices=(0, 1)).eval()
+    maps = model(loaded.encoder.normalize(images()))
+    for found, features in zip(maps, loaded.encoder.layers(images(), [0, 1]), strict=True):
+        assert found.shape == (2, 32, 4, 4)
+        assert torch.equal(found.flatten(2).transpose(1, 2), features.patches)
+
+
+DENSE = {
+    "swin": conftest.TINY["dense"],
+    "convnext": {"model": "convnext_atto", "options": {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}},
+    "mobilevit": {"model": "mobilevit_xxs"},
+    "mixer": {"model": "mixer_s32_224", "options": {"patch_size": 8, "embed_dim": 16, "num_blocks": 1}},
+    "xcit": {"model": "xcit_nano_12_p16_224", "options": {"embed_dim": 16, "depth": 1, "num_heads": 2}},
+    "cait": {"model": "cait_xxs24_224", "options": {"embed_dim": 16, "depth": 1, "num_heads": 2}},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", DENSE)
+def test_other_families_come_back_with_exactly_the_features_of_the_run(family, exported, monkeypatch):
+    monkeypatch.setitem(conftest.TINY, "vit", DENSE[family])
+    loaded, folder, report = exported("simmim", name="dense")
+    assert report["max_difference"] == 0.0
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
+    normalised = loaded.encoder.normalize(images())
+    assert torch.equal(model.forward_features(normalised), loaded.encoder.model.forward_features(normalised))
+
+
+def test_names_are_those_of_timm_for_a_compiled_and_for_a_wrapped_encoder(loaded_run, tmp_path):
+    loaded = loaded_run("mae")
+    loaded.encoder.vit.blocks[0].compile()
+    target.export(loaded, tmp_path / "out", target.Config())
+    names = load_file(tmp_path / "out" / "model.safetensors").keys()
+    assert names == timm.create_model(f"local-dir:{tmp_path / 'out'}").state_dict().keys()
+    assert not {name for name in names if "_orig_mod" in name or "module." in name}
+
+
+def test_images_that_are_not_square_are_exported_with_their_size(recipe, shards, tmp_path):
+    sections = recipe("mae")
+    sections["data"]["image_size"] = [32, 48]
+    built = build.build(sections, dataset=Dataset.open(shards / "train"))
+    built.objective.eval().requires_grad_(False)
+    loaded = LoadedRun(built.objective, built.encoder, {}, built.views, built.sections, 1, tmp_path / "run")
+    assert target.export(loaded, tmp_path / "out", target.Config())["max_difference"] == 0.0
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    assert resolve_model_data_config(model)["input_size"] == (3, 32, 48)
+    assert model(torch.rand(2, 3, 32, 48)).shape == (2, 32)
 
 
 def test_statistics_of_the_data_are_exported_when_the_recipe_gives_none(exported):

@@ -79,16 +79,20 @@ def offline(monkeypatch):
 
 @pytest.fixture
 def a_run(recipe, tmp_path):
-    """`a_run(objective, data, **encoder)`: an untrained run whose every parameter counts; no dataset is opened."""
+    """`a_run(objective, data, options, **encoder)`: an untrained run of no data whose every parameter counts."""
 
-    def build_run(objective="mae", data=None, **encoder):
+    def build_run(objective="mae", data=None, options=None, **encoder):
         sections = recipe(objective)
         sections["data"].update(data or {})
+        sections["objective"].update(options or {})
         dense = encoder.get("name") == "dense"  # which shares no option with the recipe's ViT
         sections["encoder"] = encoder if dense else {**sections["encoder"], **encoder}
         torch.manual_seed(0)
         built = build.build(sections)
         shaken(built.objective).requires_grad_(False)
+        for name, buffer in built.objective.named_buffers():  # of a linear probe's norm
+            if "running" in name:
+                buffer.uniform_(0.5, 2)
         return LoadedRun(built.objective, built.encoder, built.frozen, built.views, built.sections, 7, tmp_path / "run")
 
     return build_run
@@ -98,9 +102,10 @@ def a_run(recipe, tmp_path):
 def exported(a_run, tmp_path):
     """`exported(kind, **encoder)`: a run, the folder of its export, and the report."""
 
-    def export(kind="auto", *, objective=None, data=None, pool="class", **encoder):
-        loaded = a_run(objective or ("simmim" if encoder.get("name") in ("beit", "dense") else "mae"), data, **encoder)
-        report = target.export(loaded, tmp_path / "out", target.Config(kind=kind, pool=pool))
+    def export(kind="auto", *, objective=None, data=None, options=None, pool="class", head=True, **encoder):
+        objective = objective or ("simmim" if encoder.get("name") in ("beit", "dense") else "mae")
+        loaded = a_run(objective, data, options, **encoder)
+        report = target.export(loaded, tmp_path / "out", target.Config(kind=kind, pool=pool, head=head))
         return loaded, tmp_path / "out", report
 
     return export
@@ -308,6 +313,89 @@ def test_without_transformers_the_remedy_is_named(a_run, tmp_path, monkeypatch):
     monkeypatch.setattr(export_folder, "_installed", lambda name: name != "transformers")
     with pytest.raises(ConfigError, match=r"needs transformers; install it: pip install 'mimstream\[hf\]'"):
         target.export(a_run(), tmp_path / "out", target.Config())
+
+
+# ---- the head of a classify run ------------------------------------------------------------------
+
+CLASS, MEAN = {"pool": "class"}, {"pool": "mean"}
+PROBE_CLASS, PROBE_MEAN = {"pool": "class", "frozen": True}, {"pool": "mean", "frozen": True}
+EVA = {"name": "eva", "model": "eva02_tiny_patch14_224"}
+HEADS = [
+    ("vit", CLASS, {}),
+    ("vit", CLASS, {"layer_scale": 0.1}),
+    ("vit", PROBE_CLASS, {}),
+    ("dinov2", CLASS, {"layer_scale": 0.1}),
+    ("dinov2", PROBE_MEAN, {"layer_scale": 0.1}),
+    ("dinov2_with_registers", CLASS, {"num_registers": 2}),
+    ("dinov2_with_registers", PROBE_MEAN, {"num_registers": 2}),
+    ("beit", MEAN, BEIT),
+    ("beit", CLASS, BEIT),
+    ("beit", PROBE_CLASS, BEIT),
+    ("timm_wrapper", MEAN, {}),
+    ("timm_wrapper", CLASS, {"num_registers": 2}),
+    ("timm_wrapper", PROBE_MEAN, EVA),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "options", "encoder"), HEADS)
+def test_a_classifier_has_the_logits_of_the_run(exported, kind, options, encoder):
+    loaded, folder, report = exported(kind, objective="classify", options=options, **encoder)
+    assert report["max_difference"] <= report["tolerance"] <= 1e-5
+    model = transformers.AutoModelForImageClassification.from_pretrained(folder, local_files_only=True).eval()
+    logits = model(loaded.encoder.normalize(images())).logits
+    assert logits.shape == (2, 3)
+    assert (logits - loaded.objective.logits({"images": images()})).abs().max() <= 1e-5
+
+
+@torch.no_grad()
+def test_the_features_of_a_classifier_can_be_read_without_its_head(exported):
+    loaded, folder, _ = exported("dinov2", objective="classify", options=CLASS)
+    theirs = opened(folder)(loaded.encoder.normalize(images())).last_hidden_state
+    assert (theirs - tokens(loaded, images())).abs().max() <= 1e-6
+
+
+@torch.no_grad()
+def test_the_head_can_be_left_out(exported):
+    loaded, folder, report = exported("vit", objective="classify", options=MEAN, head=False)
+    assert report["architecture"] == "ViTModel"
+    assert not [name for name in load_file(folder / "model.safetensors") if "classifier" in name]
+    theirs = opened(folder, add_pooling_layer=False)(loaded.encoder.normalize(images())).last_hidden_state
+    assert (theirs - tokens(loaded, images())).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "encoder", "sentence"),
+    [
+        ("vit", MEAN, {}, "mean of the patches, which ViTModel does not pool so; use kind=timm_wrapper, or head=false"),
+        ("dinov2", MEAN, {}, "norms the mean of raw patches.*; use kind=timm_wrapper, or head=false"),
+        ("beit", PROBE_MEAN, BEIT, "BeitModel does not pool so; use kind=timm_wrapper, or head=false"),
+        ("vit", PROBE_MEAN, {}, "; use kind=dinov2 or timm_wrapper, or head=false"),
+    ],
+)
+def test_a_head_that_a_class_cannot_have_is_refused_with_what_can(a_run, tmp_path, kind, options, encoder, sentence):
+    with pytest.raises(ConfigError, match=f"kind={kind} cannot be this classifier: .*{sentence}"):
+        target.export(a_run("classify", None, options, **encoder), tmp_path / "out", target.Config(kind=kind))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_heads_are_refused_with_the_remedy(a_run, tmp_path):
+    loaded = a_run("classify", None, CLASS, num_registers=1)
+    loaded.objective.distill_head = torch.nn.Linear(32, 3)  # as `objective.distill` makes one
+    with pytest.raises(ConfigError, match=r"two heads.*head=false"):
+        target.export(loaded, tmp_path / "out", target.Config())
+
+
+def test_an_altered_head_is_caught(a_run, tmp_path, monkeypatch):
+    break_after_writing(monkeypatch, target, alter("model.safetensors", nudged("classifier.bias")))
+    with pytest.raises(ExportError, match=r"tensor classifier.bias of model.safetensors is not that of the run"):
+        target.export(a_run("classify", None, CLASS), tmp_path / "out", target.Config(kind="vit"))
+
+
+def test_auto_takes_the_wrapper_for_a_head_that_no_class_has(exported):
+    _, _, report = exported("auto", objective="classify", options=MEAN)
+    assert report["kind"] == "timm_wrapper"
+    assert "does not pool so" in report["other_kinds"]["vit"]
 
 
 # ---- a broken export is caught -------------------------------------------------------------------

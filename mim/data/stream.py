@@ -10,7 +10,7 @@ quarter of the transport.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Union
 
@@ -335,25 +335,35 @@ def evaluate(
     channels: int = 3,
     seed: int = 0,
     limit: int | None = None,
+    only: Sequence[int] | None = None,
     workers: int = 0,
     pin_memory: bool = False,
     timeout: float = TIMEOUT,
 ) -> torch_data.DataLoader[Batch]:
-    """Return every sample once, in the order of the lock; with `limit` a random subset of it, the same each time.
+    """Return every sample of `evaluated` once, in its order; with `only` the batches of these numbers alone.
 
     The last batch may be shorter. Draws are named by the sample alone, so two evaluations see the same pixels. Samples
     in the quarantine are left out, and said so; one that is found bad here is DataError.
     """
+    samples = evaluated(dataset, limit=limit, seed=seed)
+    if left_out := min(len(dataset), len(dataset) if limit is None else limit) - len(samples):
+        say(f"{dataset.path}: {left_out} of {left_out + len(samples)} samples stand in the quarantine and are left out")
+    chunks = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
+    if only is not None:
+        chunks = [chunks[number] for number in only]
+    evaluation = Evaluation(Renderer(dataset, view, sizes, mask, channels, seed))
+    return in_order(evaluation, chunks, workers, pin_memory, timeout and max(timeout, dataset.longest_read()))
+
+
+def evaluated(dataset: AnyDataset, *, limit: int | None = None, seed: int = 0) -> np.ndarray:
+    """Samples that an evaluation looks at, ascending: all, or a random subset of `limit`, the same each time.
+
+    Those that stand in the quarantine are not among them.
+    """
     samples = np.arange(len(dataset))
     if limit is not None and limit < len(dataset):
         samples = np.sort(permutation(len(dataset), "evaluate", seed)[:limit])
-    bad = np.isin(samples, list(bad_samples(dataset)))
-    if bad.any():
-        say(f"{dataset.path}: {bad.sum()} of {len(samples)} samples stand in the quarantine and are left out")
-        samples = samples[~bad]
-    chunks = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
-    evaluation = Evaluation(Renderer(dataset, view, sizes, mask, channels, seed))
-    return in_order(evaluation, chunks, workers, pin_memory, timeout and max(timeout, dataset.longest_read()))
+    return samples[~np.isin(samples, list(bad_samples(dataset)))]
 
 
 def value_range(dataset: AnyDataset, channels: int) -> list[list[float]]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mim.contracts import LoadedRun, NamedValues
-from mim.features import Split, labelled_splits, pooled
+from mim.features import Split, Wanted, banks
 
 
 @dataclass
@@ -29,11 +29,12 @@ class Config:
 
 def run(loaded: LoadedRun, cfg: Config) -> NamedValues:
     """Yield the held-out accuracy in [0, 1]."""
-    embed = pooled(loaded, cfg.pool)
-    bank, queries = labelled_splits(
-        loaded, embed, batch_size=cfg.batch_size, train_limit=cfg.train_limit, val_limit=cfg.val_limit
+    wanted = Wanted([-1], [cfg.pool])
+    bank, queries = banks(
+        loaded, wanted, batch_size=cfg.batch_size, train_limit=cfg.train_limit, val_limit=cfg.val_limit
     )
-    yield "knn", knn_accuracy(bank, queries, k=cfg.k, temperature=cfg.temperature)
+    (column,) = wanted.columns
+    yield "knn", knn_accuracy(bank.split(column), queries.split(column), k=cfg.k, temperature=cfg.temperature)
 
 
 def knn_accuracy(bank: Split, queries: Split, *, k: int, temperature: float) -> float:

@@ -9,13 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mim.contracts import LoadedRun, NamedValues
-from mim.features import labelled_splits, pooled, ridge_accuracy
+from mim.features import Wanted, banks, ridge_accuracy
 
 
 @dataclass
 class Config:
     strengths: list[float] = field(default_factory=lambda: [1e-3, 1e-2, 1e-1, 1.0])  # relative to the feature variance
-    pool: str = "mean"  # mean over patches, or class (token)
+    layer: int = -1  # block, from 1; negative: from the end
+    pool: str = "mean"  # over patches; class (token); class_mean: both side by side
     train_limit: int | None = None  # images; null: all
     val_limit: int | None = None
     batch_size: int = 256
@@ -23,8 +24,7 @@ class Config:
 
 def run(loaded: LoadedRun, cfg: Config) -> NamedValues:
     """Yield the held-out accuracy in [0, 1]."""
-    embed = pooled(loaded, cfg.pool)
-    train, val = labelled_splits(
-        loaded, embed, batch_size=cfg.batch_size, train_limit=cfg.train_limit, val_limit=cfg.val_limit
-    )
-    yield "ridge", ridge_accuracy(train, val, strengths=cfg.strengths)
+    wanted = Wanted([cfg.layer], [cfg.pool])
+    train, val = banks(loaded, wanted, batch_size=cfg.batch_size, train_limit=cfg.train_limit, val_limit=cfg.val_limit)
+    (column,) = wanted.columns
+    yield "ridge", ridge_accuracy(train.split(column), val.split(column), strengths=cfg.strengths)
