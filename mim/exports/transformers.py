@@ -155,7 +155,8 @@ def compare(loaded: LoadedRun, folder: Path, native: Native, head: bool) -> floa
     """
     images = fixed_batch(loaded)
     model = reload(folder, native.options, head=head)
-    hf_processor.check(loaded, folder, images)
+    with quiet():
+        hf_processor.check(loaded, folder, images)
     pixels = loaded.encoder.normalize(images)
     if hasattr(model, "timm_model"):
         ours, theirs = wrapped(loaded, model, images, head=head)
