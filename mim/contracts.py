@@ -52,6 +52,10 @@ class StorageError(OSError):
     """A disk that is full or refuses to write. Exit code 74."""
 
 
+class ExportError(RuntimeError):
+    """An export that is not what the run is: a feature differs, a tensor is unused or missing. Exit code 70."""
+
+
 class Features(NamedTuple):
     """What an encoder returns: nobody slices prefix tokens by hand."""
 

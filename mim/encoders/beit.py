@@ -161,7 +161,7 @@ class BEiT(nn.Module):
         x = vit.patch_embed(self.normalize(images))  # (B, N, D)
         if mask is not None:
             x = replace(x, mask, mask_token)  # before positions, so masked tokens keep theirs
-        x = torch.cat([vit.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + N, D)
+        x = torch.cat([vit.cls_token.expand(x.shape[0], -1, -1), x], dim=1)  # (B, 1 + N, D)
         return vit.pos_drop(x if vit.pos_embed is None else x + vit.pos_embed)
 
 
