@@ -206,24 +206,37 @@ def evaluate(
 @click.argument("out", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--step", type=int, help="Checkpoint to export; default: the newest valid one.")
+@click.option("--push-to-hub", "repository", metavar="NAME", help="Upload the export to this repository afterwards.")
 @plugin_option
 def export(
-    target: str, run: Path, out: Path, overrides: tuple[str, ...], step: int | None, plugins: tuple[str, ...]
+    target: str,
+    run: Path,
+    out: Path,
+    overrides: tuple[str, ...],
+    step: int | None,
+    repository: str | None,
+    plugins: tuple[str, ...],
 ) -> None:
-    """Export the backbone of RUN to OUT for TARGET (timm), reload it there and compare.
+    """Export RUN to the folder OUT for TARGET (timm, transformers, onnx, torch), read it back there and compare.
 
     \b
-    Example:
+    Examples:
       mim export timm runs/mae_vittiny_cifar10 exports/cifar10
       python -c "import timm; timm.create_model('local-dir:exports/cifar10', pretrained=True)"
+      mim export onnx runs/mae_vittiny_cifar10 exports/onnx image_size=64 pool=class
+      mim export timm runs/mae_vittiny_cifar10 exports/mine license=cc-by-4.0 --push-to-hub me/my-vit
     """
-    from mim import build, config
+    from mim import build, config, hub
 
+    if repository is not None:
+        hub.check(repository)
     with config.plugins(plugins):
         module, cfg = config.component("mim.exports", {"name": target, **pairs(overrides)}, "export")
         loaded = build.load_run(run, step=step)
-    report = module.export(loaded, out, cfg)
-    click.echo(json.dumps({**report, "out": str(out)}, indent=1))
+    report = {**module.export(loaded, out, cfg), "out": str(out)}
+    if repository is not None:
+        report["uploaded"] = hub.push(out, repository)
+    click.echo(json.dumps(report, indent=1))
 
 
 @cli.group("tokenizer")

@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from mim import checkpoint
+from mim import build, checkpoint
+from mim.exports import timm as exports
 from tests import damage
 from tests.test_train import dataset, lines, recipe, run, tensors  # noqa: F401  (dataset is a fixture)
 
@@ -48,6 +51,18 @@ def test_a_run_of_two_processes_resumes_on_one_and_back(dataset, tmp_path):  # n
     for name, value in one.items():
         if not name.endswith("qkv.bias"):  # the key bias has no gradient; Adam makes steps of its rounding noise
             assert mixed[name].float().allclose(value.float(), atol=1e-5), name
+
+
+def test_the_average_of_a_run_of_two_processes_is_exported_under_the_names_of_timm(dataset, tmp_path):  # noqa: F811
+    path = recipe(dataset, tmp_path, optim__ema=0.9)
+    launched = torchrun(path, tmp_path / "two")
+    assert launched.returncode == 0, launched.stderr
+    report = exports.export(build.load_run(tmp_path / "two"), tmp_path / "out", exports.Config())
+    assert report["max_difference"] == 0.0
+    assert report["weights"] == "exponential moving average (0.9)"
+    saved = tensors(tmp_path / "two")
+    for name, value in load_file(tmp_path / "out" / "model.safetensors").items():
+        assert torch.equal(saved.get(f"ema.encoder.vit.{name}", saved[f"model.encoder.vit.{name}"]), value), name
 
 
 def test_evaluations_run_on_all_processes_and_are_told_by_the_first(dataset, tmp_path):  # noqa: F811

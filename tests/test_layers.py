@@ -19,7 +19,7 @@ LEVELS = [
     {"mim.bank"},
     {"mim.features", "mim.experiment", "mim.footprint"},
     {"mim.codes", "mim.model_card"},
-    {"mim.export_folder"},
+    {"mim.export_folder", "mim.hub"},
     {"mim.timm_head"},
     {"mim.timm_folder"},
     {"mim.inference", "mim.hf_processor"},

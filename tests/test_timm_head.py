@@ -13,6 +13,7 @@ from mim import inference
 from mim.config import ConfigError
 from mim.contracts import ExportError
 from mim.exports import timm as target
+from mim.objectives import classify
 
 ENCODERS = {
     "vit": {},
@@ -45,6 +46,14 @@ def classify_run(recipe, loaded_run, monkeypatch):
         return loaded
 
     return load
+
+
+def distilled_run(classify_run):
+    """A run whose objective has two heads, as distillation trains them."""
+    loaded = classify_run({"pool": "class"}, num_registers=1)
+    cfg = classify.Config(num_classes=3, pool="class", head_std=0.3, distill=classify.Distill("soft"))
+    loaded.objective = classify.build(loaded.encoder, cfg).eval().requires_grad_(False)
+    return loaded
 
 
 def images():
@@ -88,7 +97,7 @@ def test_a_head_that_a_family_of_timm_has_no_place_for_is_refused_with_the_way_o
 
 
 def test_two_heads_whose_softmaxes_are_averaged_are_refused_with_the_way_out(classify_run, tmp_path):
-    distilled = classify_run({"pool": "class", "distill": {"kind": "soft"}}, num_registers=1)
+    distilled = distilled_run(classify_run)
     with pytest.raises(ConfigError, match=r"two heads, objective\.distill their softmaxes; .* with head=false"):
         target.export(distilled, tmp_path / "out", target.Config())
     assert list(tmp_path.iterdir()) == []
@@ -130,6 +139,6 @@ def test_onnx_and_torch_get_the_logits_of_the_objective(head, classify_run):
 
 @torch.no_grad()
 def test_the_two_heads_of_a_distilled_classifier_go_to_onnx_and_torch(classify_run):
-    loaded = classify_run({"pool": "class", "distill": {"kind": "soft"}}, num_registers=1)
+    loaded = distilled_run(classify_run)
     found = inference.inference(loaded, size=(32, 32), pool="class")(images())
     assert torch.allclose(found["logits"], loaded.objective.logits({"images": images()}), atol=1e-6)
