@@ -63,7 +63,7 @@ def check(loaded: LoadedRun, folder: Path, images: Tensor) -> None:
             span = torch.tensor(ranges(loaded) or [(0, 255)] * images.shape[1], dtype=torch.float32)  # (C, 2)
             low, high = span.T.unsqueeze(-1).unsqueeze(-1)  # (C, 1, 1) each
             raw = list(images * (high - low) + low)
-            size = (processor.crop_size.height, processor.crop_size.width)
+            size = (processor.crop_size["height"], processor.crop_size["width"])
             pixels = processor(raw, do_resize=False, input_data_format="channels_first", return_tensors="pt")
             pixels = pixels["pixel_values"]
     except Exception as error:  # transformers and timm raise what they like

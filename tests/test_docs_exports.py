@@ -38,5 +38,7 @@ def test_the_commands_and_then_the_blocks_of_the_page_run(loaded_run, tmp_path, 
     assert namespace["patches"].shape == (2, 16, 32)
     assert namespace["features"].shape == (1, 32)
     assert namespace["outputs"]["pooled"].shape == (3, 32)
+    assert namespace["loss"].isfinite()
+    assert [tuple(found.shape) for found in namespace["maps"]] == [(1, 32, 4, 4)] * 2
     assert {"boxes", "labels", "scores"} == namespace["found"].keys()
     assert all(torch.isfinite(value) for value in namespace["losses"].values())

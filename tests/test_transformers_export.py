@@ -79,12 +79,12 @@ def offline(monkeypatch):
 
 @pytest.fixture
 def a_run(recipe, tmp_path):
-    """`a_run(objective, data, options, **encoder)`: an untrained run of no data whose every parameter counts."""
+    """`a_run(objective, data, settings, **encoder)`: an untrained run of no data whose every parameter counts."""
 
-    def build_run(objective="mae", data=None, options=None, **encoder):
+    def build_run(objective="mae", data=None, settings=None, **encoder):
         sections = recipe(objective)
         sections["data"].update(data or {})
-        sections["objective"].update(options or {})
+        sections["objective"].update(settings or {})
         dense = encoder.get("name") == "dense"  # which shares no option with the recipe's ViT
         sections["encoder"] = encoder if dense else {**sections["encoder"], **encoder}
         torch.manual_seed(0)
@@ -102,9 +102,9 @@ def a_run(recipe, tmp_path):
 def exported(a_run, tmp_path):
     """`exported(kind, **encoder)`: a run, the folder of its export, and the report."""
 
-    def export(kind="auto", *, objective=None, data=None, options=None, pool="class", head=True, **encoder):
+    def export(kind="auto", *, objective=None, data=None, settings=None, pool="class", head=True, **encoder):
         objective = objective or ("simmim" if encoder.get("name") in ("beit", "dense") else "mae")
-        loaded = a_run(objective, data, options, **encoder)
+        loaded = a_run(objective, data, settings, **encoder)
         report = target.export(loaded, tmp_path / "out", target.Config(kind=kind, pool=pool, head=head))
         return loaded, tmp_path / "out", report
 
@@ -340,7 +340,7 @@ HEADS = [
 @torch.no_grad()
 @pytest.mark.parametrize(("kind", "options", "encoder"), HEADS)
 def test_a_classifier_has_the_logits_of_the_run(exported, kind, options, encoder):
-    loaded, folder, report = exported(kind, objective="classify", options=options, **encoder)
+    loaded, folder, report = exported(kind, objective="classify", settings=options, **encoder)
     assert report["max_difference"] <= report["tolerance"] <= 1e-5
     model = transformers.AutoModelForImageClassification.from_pretrained(folder, local_files_only=True).eval()
     logits = model(loaded.encoder.normalize(images())).logits
@@ -350,14 +350,14 @@ def test_a_classifier_has_the_logits_of_the_run(exported, kind, options, encoder
 
 @torch.no_grad()
 def test_the_features_of_a_classifier_can_be_read_without_its_head(exported):
-    loaded, folder, _ = exported("dinov2", objective="classify", options=CLASS)
+    loaded, folder, _ = exported("dinov2", objective="classify", settings=CLASS)
     theirs = opened(folder)(loaded.encoder.normalize(images())).last_hidden_state
     assert (theirs - tokens(loaded, images())).abs().max() <= 1e-6
 
 
 @torch.no_grad()
 def test_the_head_can_be_left_out(exported):
-    loaded, folder, report = exported("vit", objective="classify", options=MEAN, head=False)
+    loaded, folder, report = exported("vit", objective="classify", settings=MEAN, head=False)
     assert report["architecture"] == "ViTModel"
     assert not [name for name in load_file(folder / "model.safetensors") if "classifier" in name]
     theirs = opened(folder, add_pooling_layer=False)(loaded.encoder.normalize(images())).last_hidden_state
@@ -393,7 +393,7 @@ def test_an_altered_head_is_caught(a_run, tmp_path, monkeypatch):
 
 
 def test_auto_takes_the_wrapper_for_a_head_that_no_class_has(exported):
-    _, _, report = exported("auto", objective="classify", options=MEAN)
+    _, _, report = exported("auto", objective="classify", settings=MEAN)
     assert report["kind"] == "timm_wrapper"
     assert "does not pool so" in report["other_kinds"]["vit"]
 
