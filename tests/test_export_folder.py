@@ -14,10 +14,11 @@ import pytest
 import torch
 import yaml
 
-from mim import export_folder
+from mim import __main__, build, export_folder
 from mim.config import ConfigError
 from mim.contracts import ExportError, StorageError
 from mim.export_folder import Terms, Written
+from mim.exports import timm as timm_target
 
 
 def write(folder, difference=0.0):
@@ -87,7 +88,7 @@ def test_a_kill_leaves_nothing_under_the_name_and_the_next_export_clears_the_res
     script = f"""
         import os, signal
         from pathlib import Path
-        from mim import export_folder
+        from mim import __main__, build, export_folder
         with export_folder._aside(Path({str(tmp_path / "out")!r})) as folder:
             (folder / "half.bin").write_bytes(b"1")
             os.kill(os.getpid(), signal.SIGKILL)
@@ -116,6 +117,19 @@ def test_a_full_disk_ends_in_one_sentence_and_leaves_nothing(loaded, tmp_path):
 def test_a_difference_above_the_tolerance_leaves_no_folder(difference, loaded, tmp_path):
     with pytest.raises(ExportError, match=r"export to thing differs from .*run by (2e-06|nan|inf), above 1e-06"):
         export(loaded, tmp_path / "out", lambda folder: write(folder, difference))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_that_fails_its_check_ends_the_command_in_one_sentence(loaded, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(build, "load_run", lambda path, step: loaded)
+    monkeypatch.setattr(timm_target, "compare", lambda *arguments: 0.5)
+    monkeypatch.setattr(sys, "argv", ["mim", "export", "timm", "run", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stopped:
+        __main__.main()
+    assert stopped.value.code == 70
+    error = capsys.readouterr().err
+    assert error.startswith("mim: the export to timm differs from")
+    assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 

@@ -143,7 +143,7 @@ def test_a_file_that_is_no_model_is_caught(exported):
         exported(lambda folder: (folder / "model.onnx").write_bytes(b"\x00\x01"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["beit", pytest.param("registers, layer scale", marks=pytest.mark.slow)])
 def test_other_encoders_are_exported_too_at_the_size_that_is_asked_for(kind, loaded_run, tmp_path):
     encoder, size = KINDS[kind]
     loaded = shaken_run(loaded_run, "beit", **encoder)
