@@ -341,8 +341,7 @@ def load_run(path: Path | str, *, step: int | None = None, report: Callable[[str
     model = built.objective
     state = {f"model.{name}": value for name, value in model.state_dict().items()}
     if saved["optim"].get("ema") is not None:
-        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        state |= {f"ema.{name}": torch.empty_like(state[f"model.{name}"]) for name in trained}
+        state |= {f"ema.{name}": torch.empty_like(value) for name, value in checkpoint.averaged_tensors(model).items()}
     checkpoint.load_tensors(folder, state)
     model.load_state_dict(checkpoint.part(state, "model.") | checkpoint.part(state, "ema."))
     model.eval().requires_grad_(False)

@@ -56,6 +56,17 @@ def gather_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, ema: dict
     return state | {f"ema.{name}": value for name, value in ema.items()}
 
 
+def averaged_tensors(objective: nn.Module) -> dict[str, Tensor]:
+    """What `optim.ema` averages, by name: trained parameters, and the buffers that training moves along with them.
+
+    A codebook, a whitening or the statistics of a BatchNorm belong to the weights of their own step: beside averaged
+    weights they would be wrong.
+    """
+    trained = {name: p.detach() for name, p in objective.named_parameters() if p.requires_grad}
+    saved = objective.state_dict().keys()
+    return trained | {n: b for n, b in objective.named_buffers() if n in saved and b.is_floating_point()}
+
+
 def save(
     run: Path,
     step: int,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from mim.data import stream
 
@@ -77,12 +77,12 @@ def total_fingerprint(share: int, device: torch.device, main_rank: bool) -> int:
     return total % stream.FINGERPRINT_MODULUS if main_rank else 0
 
 
-def share_buffers(network: nn.Module) -> None:
-    """Give every rank the main rank's buffers: the running statistics of a BatchNorm differ by rank."""
+def share(tensors: Iterable[Tensor]) -> None:
+    """Give every rank the main rank's floats: the running statistics of a BatchNorm differ by rank."""
     if dist.is_initialized():
-        for buffer in network.buffers():
-            if buffer.is_floating_point():
-                dist.broadcast(buffer, src=0)
+        for tensor in tensors:
+            if tensor.is_floating_point():
+                dist.broadcast(tensor, src=0)
 
 
 def agree(stopping: bool) -> bool:

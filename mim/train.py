@@ -174,8 +174,8 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
     for network in built.at_hand.values():
         network.to(accelerator.device)
     objective = accelerator.unwrap_model(model)
-    trained = {n: p for n, p in objective.named_parameters() if p.requires_grad}
-    ema = {n: p.detach().clone() for n, p in trained.items()} if cfg.optim.ema is not None else {}
+    moved = checkpoint.averaged_tensors(objective) if cfg.optim.ema is not None else {}
+    ema = {name: value.clone() for name, value in moved.items()}
     name = Path(recipe).stem
     job = Job(cfg, run, built, rates, dataset, sequence, journal, learned, accelerator, model, optimizer, ema, name)
     state: dict[str, Any] = {"step": 0, "look": start.report is not None}
@@ -217,6 +217,8 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
         look(job, name, 0, log)
     if start == 0 and not state.get("look") and hasattr(objective, "start"):
         objective.start(on_device(job, batch) for batch in loader(job, 0))
+        for name, value in checkpoint.averaged_tensors(objective).items() if job.ema else ():
+            job.ema[name].copy_(value)
     batches = iter(loader(job, start))
     model.train()
 
@@ -253,8 +255,8 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
         if hasattr(objective, "after_step"):
             objective.after_step(step, progress)
         if cfg.optim.ema is not None:
-            weights = [p.detach() for n, p in objective.named_parameters() if n in job.ema]
-            torch._foreach_lerp_(list(job.ema.values()), weights, 1 - cfg.optim.ema)
+            present = list(checkpoint.averaged_tensors(objective).values())
+            torch._foreach_lerp_(list(job.ema.values()), present, 1 - cfg.optim.ema)
         progress_line.advance()
         for line in waiting.step(time.perf_counter()):
             say(line, main=main_rank)
@@ -428,8 +430,8 @@ def look(job: Job, name: str, step: int, log: RunLog | None) -> None:
     """
     main_rank = job.accelerator.is_main_process
     module, cfg = config.component("mim.evals", eval_section(name, job.cfg.evals[name]), f"evals.{name}")
-    ranks.share_buffers(job.objective)
     with averaged(job) as objective, heard(main_rank):
+        ranks.share(objective.buffers())
         loaded = LoadedRun(
             objective, objective.encoder, job.built.at_hand, job.built.views, job.built.sections, step, job.run
         )
@@ -462,25 +464,24 @@ def record(values: Any, folder: Path, step: int, *, main: bool = True) -> tuple[
 def averaged(job: Job) -> Iterator[Any]:
     """The objective in evaluation mode, with the averaged weights in place while the block runs."""
     objective = job.objective
-    swapped = {n: p for n, p in objective.named_parameters() if n in job.ema}
-    kept = {name: parameter.detach().clone() for name, parameter in swapped.items()}
-    with torch.no_grad():
-        for name, parameter in swapped.items():
-            parameter.copy_(job.ema[name])
+    swapped = checkpoint.averaged_tensors(objective) if job.ema else {}
+    kept = {name: value.clone() for name, value in swapped.items()}
+    for name, value in swapped.items():
+        value.copy_(job.ema[name])
     job.model.eval()
     try:
         with torch.no_grad():
             yield objective
     finally:
-        with torch.no_grad():
-            for name, parameter in swapped.items():
-                parameter.copy_(kept[name])
+        for name, value in swapped.items():
+            value.copy_(kept[name])
         job.model.train()
 
 
 def save(job: Job, step: int, fingerprint: int, averages: Averages) -> None:
     """Write a checkpoint (all ranks)."""
-    ranks.share_buffers(job.objective)  # whichever rank writes them
+    buffers = dict(job.objective.named_buffers())
+    ranks.share([*buffers.values(), *(job.ema[name] for name in buffers if name in job.ema)])  # whichever rank writes
     state = {
         "position": step * job.cfg.optim.batch_size,
         "fingerprint": fingerprint,

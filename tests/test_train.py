@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from mim import checkpoint, train
+from mim import build, checkpoint, train
 from mim.config import ConfigError, to_yaml
 from mim.data.make import make
 
@@ -21,6 +22,8 @@ TOKENIZERS = {
     "dvae": {"num_codes": 16, "width": 8, "num_groups": 3, "blocks_per_group": 1, "n_init": 8},
     "vqkd": {"target": "pixels", "network": "conv", "stride": 4, "width": 8, "depth": 1, "decoder_width": 8,
              "num_codes": 16, "code_width": 4, "decay": 0.5, "dead_below": 0.5},
+    "fsq": {"target": "pixels", "network": "conv", "stride": 4, "width": 8, "depth": 1, "decoder_width": 8,
+            "levels": [4, 4]},
 }  # fmt: skip
 
 
@@ -76,8 +79,12 @@ def lines(folder: Path) -> list[dict]:
 
 def tensors(folder: Path) -> dict:
     """Weights, average and optimizer of the newest checkpoint."""
+    return tensors_of(checkpoint.newest(folder))
+
+
+def tensors_of(checkpoint_folder: Path) -> dict[str, torch.Tensor]:
     found = {}
-    for file in sorted((checkpoint.newest(folder) / "tensors").glob("*.safetensors")):
+    for file in sorted((checkpoint_folder / "tensors").glob("*.safetensors")):
         found |= load_file(file)
     return found
 
@@ -105,6 +112,21 @@ def test_a_run_stopped_at_any_step_and_rerun_equals_one_never_stopped(dataset, t
     assert run(path, tmp_path / "run", stop_at=stop_at) == train.STOPPED
     assert run(path, tmp_path / "run") == train.DONE
     assert_same(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.parametrize("kind", ["fsq", "vqkd"])
+def test_what_training_moves_beside_the_weights_is_averaged_with_them(dataset, tmp_path, kind):
+    path = recipe(dataset, tmp_path, kind, train__save_every="1 steps")
+    assert run(path, tmp_path / "run", stop_at=3) == train.STOPPED
+    before, after = (tensors_of(folder) for folder in checkpoint.list_checkpoints(tmp_path / "run"))
+    moved = [name for name, value in after.items() if name.startswith("ema.") and not value.equal(before[name])]
+    buffers = {name for name, _ in build.load_run(tmp_path / "run").objective.named_buffers()}
+    assert buffers & {name.removeprefix("ema.") for name in moved}
+    for name in moved:
+        present = after[name.replace("ema.", "model.", 1)]
+        torch.testing.assert_close(after[name], before[name].lerp(present, 0.1))
+    opened = build.load_run(tmp_path / "run").objective.state_dict()
+    assert all(opened[name.removeprefix("ema.")].equal(after[name]) for name in moved)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
