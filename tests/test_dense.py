@@ -9,6 +9,7 @@ import timm
 import torch
 
 from mim.contracts import LoadedRun
+from mim.data import augment
 from mim.encoders.dense import Config, build
 from mim.exports import timm as target
 from mim.objectives import mae, simmim
@@ -337,7 +338,7 @@ def test_drop_path_reaches_the_model():
 @torch.no_grad()
 def test_the_export_reloads_in_timm_with_equal_features(family, recipe, tmp_path):
     encoder, images = small(family), images_for(family)
-    views = SimpleNamespace(sizes=[SMALL[family][2]])
+    views = SimpleNamespace(sizes=[SMALL[family][2]], evaluation=augment.center)
     loaded = LoadedRun(None, encoder, {}, views, recipe("simmim"), 7, tmp_path / "run")
     report = target.export(loaded, tmp_path / "out", target.Config())
     assert report["max_difference"] == 0.0
