@@ -120,7 +120,9 @@ def test_only_the_slots_of_bad_samples_differ_from_a_stream_without_them(dataset
 def test_known_samples_are_not_read_again(dataset, monkeypatch):
     seen = []
     honest = Dataset.read
-    monkeypatch.setattr(Dataset, "read", lambda self, s, r: seen.append(7 * s + r) or honest(self, s, r))
+    monkeypatch.setattr(
+        Dataset, "read", lambda self, s, r, **options: seen.append(7 * s + r) or honest(self, s, r, **options)
+    )
     batches(dataset, {number: Bad("k", "r") for number in BAD})
     assert not set(seen) & set(BAD)
 
