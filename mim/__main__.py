@@ -356,7 +356,10 @@ def pairs(overrides: tuple[str, ...]) -> dict[str, Any]:
 def main() -> None:
     """Run a command; every error of a user ends in one sentence and an exit code, one of ours in a traceback and 70."""
     try:
-        cli(standalone_mode=False)
+        try:
+            cli(standalone_mode=False)
+        finally:
+            leave_ranks()
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as error:
@@ -377,6 +380,19 @@ def main() -> None:
         text = one_sentence(str(error))
         click.echo(f"mim: {'' if rank == '0' else f'rank {rank}: '}{text}", err=True)
         sys.exit(code)
+
+
+def leave_ranks() -> None:
+    """End this process's part among several when its command ended well: threads that live on can abort its exit.
+
+    After an error the others may wait in a collective, and the launcher ends them.
+    """
+    ended = sys.exc_info()[1]
+    if "torch.distributed" in sys.modules and (ended is None or isinstance(ended, SystemExit)):
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def one_sentence(message: str) -> str:

@@ -307,12 +307,12 @@ def test_views_that_show_no_label_maps_are_refused(segmenting, key, remedy):
         build.build(segmenting)
 
 
-def test_numbers_of_classes_that_differ_are_refused_with_the_right_one(segmenting, dataset, monkeypatch, shards):
-    monkeypatch.setattr(SimMIM, "num_classes", 7)
-    with pytest.raises(ConfigError, match=r"num_classes=7, but .* have 5 classes; set objective\.num_classes=5"):
-        build.build(segmenting, dataset=dataset)
+def test_numbers_of_classes_that_differ_are_refused_with_the_right_one(segmenting, dataset, shards):
+    segmenting["objective"] = {"name": "segment", "num_classes": 7}
     with pytest.raises(ConfigError, match="has no label maps"):
         build.build(segmenting, dataset=Dataset.open(shards / "train"))
+    with pytest.raises(ConfigError, match=r"num_classes=7, but .* has 5.*set objective\.num_classes=5"):
+        build.build(segmenting, dataset=dataset)
 
 
 def test_a_held_out_dataset_of_other_classes_is_refused(segmenting, dataset, tmp_path):
