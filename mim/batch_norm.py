@@ -29,25 +29,26 @@ class BatchNorm(nn.BatchNorm2d):
         counted = x.new_ones(len(x)) if self.rows is None else self.rows > 0
         rows = counted.view(-1, 1, 1, 1).float()  # (B, 1, 1, 1)
         pixels = x.float()
-        count = _total(rows.sum() * x[0, 0].numel())
+        total = _total(rows.sum() * x[0, 0].numel())
+        count = total.clamp(min=1)  # a micro-batch of which no row counts is left at 0
         mean = _total((pixels * rows).sum(dim=(0, 2, 3))) / count  # (C,)
         centred = pixels - mean.view(-1, 1, 1)
         var = _total((centred.square() * rows).sum(dim=(0, 2, 3))) / count  # (C,)
-        self._remember(mean.detach(), var.detach() * (count / (count - 1).clamp(min=1)))
+        self._remember(mean.detach(), var.detach() * (count / (count - 1).clamp(min=1)), rate=(total > 0).float())
         y = centred * (var + self.eps).rsqrt().view(-1, 1, 1)
         if self.affine:
             y = y * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
         return y.to(x.dtype)
 
     @torch.no_grad()
-    def _remember(self, mean: Tensor, var: Tensor) -> None:
-        """Move the running statistics, those of evaluation."""
+    def _remember(self, mean: Tensor, var: Tensor, *, rate: Tensor) -> None:
+        """Move the running statistics, those of evaluation; a rate of 0 leaves them."""
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         assert self.momentum is not None
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(var, self.momentum)
+        self.running_mean.lerp_(mean, self.momentum * rate)
+        self.running_var.lerp_(var, self.momentum * rate)
         self.num_batches_tracked += 1
 
 

@@ -201,28 +201,12 @@ def test_a_probe_trains_its_head_alone():
 
 
 def test_a_probe_norms_its_features_as_batchnorm_without_affine_does():
-    ours, theirs = classify.FeatureNorm(5), nn.BatchNorm1d(5, eps=1e-6, affine=False)
-    for i in range(3):
-        x = torch.randn(8, 5, generator=torch.Generator().manual_seed(i)) * 3 + 7
-        assert ours.train()(x, torch.ones(8)).allclose(theirs.train()(x), atol=1e-5)
-    assert ours.running_mean.allclose(theirs.running_mean, atol=1e-5)
-    assert ours.running_var.allclose(theirs.running_var, atol=1e-4)
-    assert ours.eval()(x, None).allclose(theirs.eval()(x), atol=1e-4)
-
-
-def test_what_pads_a_micro_batch_does_not_enter_the_statistics_of_a_probe():
-    x = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
-    norm, padded = classify.FeatureNorm(5).train(), classify.FeatureNorm(5).train()
-    weight = torch.tensor([1.0, 1, 1, 1, 0, 0])
-    assert padded(torch.cat([x[:4], 100 + x[4:]]), weight)[:4].allclose(norm(x[:4], torch.ones(4)), atol=1e-6)
-    assert padded.running_var.allclose(norm.running_var)
-
-
-def test_statistics_stay_where_no_row_counts():
-    norm = classify.FeatureNorm(5).train()
-    assert norm(torch.randn(3, 5), torch.zeros(3)).isfinite().all()
-    assert torch.equal(norm.running_mean, torch.zeros(5))
-    assert torch.equal(norm.running_var, torch.ones(5))
+    objective, images = classify.build(an_encoder(), classify.Config(num_classes=3, frozen=True)).train(), a_batch()
+    theirs, seen = nn.BatchNorm1d(objective.encoder.width, eps=1e-6, affine=False), []
+    objective.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    objective.logits({"images": images["images"]})
+    pooled = objective.encoder(images["images"]).patches.mean(dim=1)
+    assert seen[0].allclose(theirs(pooled), atol=1e-4)
 
 
 # ---- distillation --------------------------------------------------------------------------------
@@ -353,7 +337,9 @@ def test_a_probe_leaves_its_encoder_as_it_was_and_opens_without_data(dataset, tm
     assert all(torch.equal(after[name], before[name]) for name in encoder)
     assert not torch.equal(after["model.head.weight"], before["model.head.weight"])
     assert not torch.equal(after["model.norm.running_mean"], before["model.norm.running_mean"])
-    assert {name for name in after if name.startswith("ema.")} == {"ema.head.weight", "ema.head.bias"}
+    assert {name for name in after if name.startswith("ema.")} == {
+        f"ema.{name}" for name in ("head.weight", "head.bias", "norm.running_mean", "norm.running_var")
+    }
     assert "accuracy" in lines(tmp_path / "run")[-1]
     (tmp_path / "run" / "config.yaml").write_text(
         (tmp_path / "run" / "config.yaml").read_text().replace(str(dataset), "/nowhere")

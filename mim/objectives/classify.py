@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mim.batch_norm import BatchNorm, counting
 from mim.config import ConfigError
 from mim.contracts import Batch, Encoder, Features
 from mim.data.mixing import Mixing, erase
@@ -104,7 +104,7 @@ class Classify(nn.Module):
         self.norm: nn.Module = nn.Identity()  # of pooled features, (B, D)
         if cfg.frozen:
             encoder.requires_grad_(False)
-            self.norm = FeatureNorm(encoder.width)
+            self.norm = BatchNorm(encoder.width, eps=1e-6, affine=False)  # main_linprobe.py of MAE
             self.reads += ("weight",)
         elif cfg.pool == "mean":
             encoder.final_norm.requires_grad_(False)
@@ -172,7 +172,11 @@ class Classify(nn.Module):
             features = self._features(images)
             self._check_prefix(features.prefix.shape[1])
             pooled = features.patches.mean(dim=1) if self.cfg.pool == "mean" else features.prefix[:, 0]  # (B, D)
-        pooled = self.norm(pooled, weight) if self.cfg.frozen else self.norm(pooled)
+        if self.cfg.frozen:
+            with counting(self.norm, weight):
+                pooled = self.norm(pooled.float()[..., None, None]).flatten(1)  # (B, D)
+        else:
+            pooled = self.norm(pooled)
         logits = self.head(self.dropout(pooled)).float()  # (B, classes)
         if self.distill_head is None:
             return logits, None
@@ -192,44 +196,6 @@ class Classify(nn.Module):
                 "objective.distill needs a class token and one more, the distillation token, but the encoder has "
                 f"{found}; set encoder.num_registers=1 (encoder.name=vit or eva)"
             )
-
-
-class FeatureNorm(nn.Module):
-    """BatchNorm without affine for features that need no gradient: the batch's statistics, over all ranks.
-
-    torch's counts what only pads a micro-batch, and its statistics are of one rank (its synchronised one has no CPU).
-    """
-
-    running_mean: Tensor  # (D,)
-    running_var: Tensor  # (D,)
-
-    def __init__(self, width: int, *, eps: float = 1e-6, momentum: float = 0.1) -> None:  # eps: main_linprobe.py of MAE
-        super().__init__()
-        self.eps, self.momentum = eps, momentum
-        self.register_buffer("running_mean", torch.zeros(width))
-        self.register_buffer("running_var", torch.ones(width))
-
-    @torch.no_grad()
-    def forward(self, x: Tensor, weight: Tensor | None) -> Tensor:
-        """(B, D) -> (B, D); in training by the statistics of the rows with a weight (B,), else by the running ones."""
-        x = x.float()
-        mean, var = self._statistics(x, weight) if self.training else (self.running_mean, self.running_var)
-        return (x - mean) * (var + self.eps).rsqrt()
-
-    def _statistics(self, x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-        rows = torch.ones(len(x), 1, device=x.device) if weight is None else weight[:, None]  # (B, 1)
-        rows, values = rows.double(), x.double()
-        sums = torch.cat([rows.sum(0), (rows * values).sum(0), (rows * values.square()).sum(0)])  # (1 + 2 D,)
-        if dist.is_initialized():
-            dist.all_reduce(sums)
-        count = sums[0]
-        mean, square = (sums[1:] / count.clamp(min=1)).chunk(2)  # (D,) each
-        var = (square - mean.square()).clamp(min=0)
-        unbiased = var * count / (count - 1).clamp(min=1)  # as torch's BatchNorm keeps it
-        rate = self.momentum * (count > 0)  # a micro-batch without a known label teaches nothing
-        self.running_mean.lerp_(mean.float(), rate.float())
-        self.running_var.lerp_(unbiased.float(), rate.float())
-        return mean.float(), var.float()
 
 
 def distillation_loss(logits: Tensor, teacher_logits: Tensor, distill: Distill) -> Tensor:
