@@ -54,7 +54,8 @@ class Inference(nn.Module):
         outputs |= {"patches": features.patches, "pooled": pooled}
         if self.head is None:
             return outputs
-        logits = self.head(self.norm(pooled, None) if self.frozen else self.norm(pooled))  # (B, classes)
+        pooled = self.norm(pooled[..., None, None]).flatten(1) if self.frozen else self.norm(pooled)  # (B, D)
+        logits = self.head(pooled)  # (B, classes)
         if self.distill_head is not None:  # the mean of two softmaxes
             second = self.distill_head(features.prefix[:, 1])
             logits = torch.logaddexp(logits.log_softmax(dim=1), second.log_softmax(dim=1)) - math.log(2)
