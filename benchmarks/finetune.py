@@ -8,7 +8,7 @@ is done.
 
     mim shards make data/cifar10/train shards/cifar10 --labels-from-folders --val-ratio 0.1
     mim shards make data/cifar10/test shards/cifar10-test --labels-from-folders
-    mim train dvae_small_cifar10 data.path=shards/cifar10 optim.length='450 steps' train.workers=0
+    mim train dvae_small_cifar10 data.path=shards/cifar10
     python benchmarks/finetune.py --json finetune.json
 
 Without the tokenizer the row of BEiT is left out. --mae and --beit take runs that are there, with their network.
