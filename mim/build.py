@@ -342,7 +342,7 @@ def load_run(path: Path | str, *, step: int | None = None, report: Callable[[str
     state = {f"model.{name}": value for name, value in model.state_dict().items()}
     if saved["optim"].get("ema") is not None:
         state |= {f"ema.{name}": torch.empty_like(value) for name, value in checkpoint.averaged_tensors(model).items()}
-    checkpoint.load_tensors(folder, state)
+    checkpoint.load_tensors(folder, state, alone=True)
     model.load_state_dict(checkpoint.part(state, "model.") | checkpoint.part(state, "ema."))
     model.eval().requires_grad_(False)
     return LoadedRun(model, built.encoder, built.at_hand, built.views, built.sections, checkpoint.step_of(folder), run)

@@ -195,12 +195,15 @@ def read_config(run: Path) -> dict[str, Any]:
     return saved
 
 
-def load_tensors(folder: Path, state: dict[str, Tensor]) -> None:
-    """Fill the named tensors in place from a checkpoint; every one must be there with its shape."""
+def load_tensors(folder: Path, state: dict[str, Tensor], *, alone: bool = False) -> None:
+    """Fill the named tensors in place from a checkpoint; every one must be there with its shape.
+
+    All ranks call it together and fail together; `alone`, a rank reads for itself while others may do something else.
+    """
     reader = HuggingFaceStorageReader(str(folder / "tensors"))
     try:
         with _quiet():
-            dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
+            dcp.load(state, storage_reader=reader, no_dist=alone or not dist.is_initialized())
     except (RuntimeError, KeyError, ValueError, dcp.api.CheckpointException) as error:
         raise ConfigError(f"{folder} does not fit the recipe: {' '.join(str(error).split())[:500]}") from error
 
@@ -213,7 +216,7 @@ def read_tensors(folder: Path, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
         for name, entry in known.items()
         if name.startswith(prefixes) and isinstance(entry, TensorStorageMetadata)
     }
-    load_tensors(folder, state)
+    load_tensors(folder, state, alone=True)
     return state
 
 

@@ -54,6 +54,19 @@ def test_a_run_of_two_processes_resumes_on_one_and_back(dataset, tmp_path):  # n
             assert mixed[name].float().allclose(value.float(), atol=1e-5), name
 
 
+@pytest.mark.parametrize("key", ["init.run", "encoder.init"])
+def test_two_processes_start_from_a_run_as_one_does(dataset, tmp_path, key):  # noqa: F811
+    """One process reads the weights while the other waits for it, so reading must not wait for the other."""
+    path = recipe(dataset, tmp_path, encoder__drop_path_rate=0.0, optim__length="2 steps", train__log_every="1 steps")
+    run(path, tmp_path / "parent")
+    start = f"{key}={tmp_path / 'parent'}"
+    run(path, tmp_path / "one", start)
+    launched = torchrun(path, tmp_path / "two", start)
+    assert launched.returncode == 0, launched.stderr
+    losses = ([entry["loss"] for entry in lines(tmp_path / name)] for name in ("one", "two"))
+    assert next(losses) == pytest.approx(next(losses), abs=1e-5)
+
+
 def test_the_average_of_a_run_of_two_processes_is_exported_under_the_names_of_timm(dataset, tmp_path):  # noqa: F811
     path = recipe(dataset, tmp_path, optim__ema=0.9)
     launched = torchrun(path, tmp_path / "two")
