@@ -88,6 +88,11 @@ def main() -> None:
     if args.peak:
         print(peak(steps(*sizes)[args.peak]))
         return
+    sizes_given = [f"--{key}={getattr(args, key)}" for key in ("vectors", "codes", "width")]
+    memory = {}  # first: a process inherits the peak of the one that starts it
+    for name in ("mimstream", "vector-quantize-pytorch"):
+        command = [sys.executable, __file__, *sizes_given, "--peak", name]
+        memory[name] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     found = steps(*sizes)
     for step in found.values():
         step()
@@ -97,14 +102,11 @@ def main() -> None:
             times[name].append(timed(step))
     usual = statistics.median(times["vector-quantize-pytorch"])
     results = {}
-    sizes_given = [f"--{key}={getattr(args, key)}" for key in ("vectors", "codes", "width")]
     for name, values in times.items():
-        command = [sys.executable, __file__, *sizes_given, "--peak", name]
-        memory = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        results[name] = {"seconds": values, "ratio": usual / statistics.median(values), "peak_mib": memory}
+        results[name] = {"seconds": values, "ratio": usual / statistics.median(values), "peak_mib": memory[name]}
         print(
             f"{name:26}{statistics.median(values):8.3f} s ({min(values):.3f} - {max(values):.3f})"
-            f"{results[name]['ratio']:8.2f}x{memory:10.0f} MiB"
+            f"{results[name]['ratio']:8.2f}x{memory[name]:10.0f} MiB"
         )
     if args.out:
         args.out.write_text(json.dumps({"sizes": sizes, "results": results}, indent=2) + "\n")
