@@ -14,6 +14,7 @@ import math
 import tempfile
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from mim import timm_folder, timm_head
+from mim.build import size_of
 from mim.config import ConfigError
 from mim.contracts import ExportError, LoadedRun
+from mim.export_folder import fixed_batch
 
 POOLS = ("mean", "class")
 
@@ -85,6 +88,27 @@ def inference(loaded: LoadedRun, *, size: tuple[int, int], pool: str) -> Inferen
         raise ConfigError(f"image_size={size[0]}x{size[1]} cannot be exported: {error}") from error
     classifier = copy.deepcopy(timm_head.classifier(loaded))
     return Inference(fixed_size(loaded, size), pool=pool, classifier=classifier).eval().requires_grad_(False)
+
+
+@dataclass
+class Prepared:
+    """What an export of the function at one size needs."""
+
+    network: Inference
+    images: Tensor  # (3, C, H, W), the fixed batch
+    expected: dict[str, Tensor]  # outputs of the run for them, by name
+    notes: tuple[str, ...]  # for the model card
+    facts: dict[str, Any]  # for the report
+
+
+def prepare(loaded: LoadedRun, *, image_size: Any, pool: str) -> Prepared:
+    """The function at `image_size` (null: the run's), and what the run gives at that size."""
+    size = loaded.views.sizes[0] if image_size is None else size_of(image_size, "image_size")
+    network = inference(loaded, size=size, pool=pool)
+    images = fixed_batch(loaded, rows=3, size=size)
+    outputs = expected(loaded, images, pool=pool)
+    facts = {"image_size": list(size), "outputs": {name: list(t.shape[1:]) for name, t in outputs.items()}}
+    return Prepared(network, images, outputs, notes(size, outputs), facts)
 
 
 @torch.no_grad()

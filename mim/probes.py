@@ -8,6 +8,7 @@ al. 2023, arXiv 2304.07193).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from mim.bank import Bank
 from mim.config import ConfigError
+from mim.contracts import LoadedRun
 from mim.data.order import key64
+from mim.features import Wanted, banks
 
 
 @dataclass
@@ -40,6 +43,19 @@ class Samples:
     def features(self, column: str, device: torch.device, which: Tensor | slice = slice(None)) -> Tensor:
         """Float32 features of these samples, or of those numbered `which`, on a device: (n, D) or (n, N, D)."""
         return self.columns[column][self.rows[which]].to(device).float()
+
+
+def labelled_samples(loaded: LoadedRun, wanted: Wanted, cfg: Any, *, where: str) -> tuple[Samples, Samples]:
+    """The labelled samples of a run's training and held-out split, embedded as a probe's Config says."""
+    found = banks(
+        loaded,
+        wanted,
+        batch_size=cfg.batch_size,
+        train_limit=cfg.train_limit,
+        val_limit=cfg.val_limit,
+        cache=cfg.cache,
+    )
+    return samples(*found, where=where)
 
 
 def samples(train: Bank, val: Bank, *, where: str) -> tuple[Samples, Samples]:

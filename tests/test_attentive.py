@@ -86,7 +86,7 @@ def test_each_layer_is_told(loaded_run):
 
 def test_more_patches_than_fit_are_refused_before_anything_is_embedded(loaded_run, monkeypatch):
     """96 images of 16 patches, 32 wide: 192 KiB in one layer, 384 KiB in two."""
-    monkeypatch.setattr(attentive, "banks", None)
+    monkeypatch.setattr(attentive, "labelled_samples", None)
     tight = 300 * 2**10 / 2**30
     with pytest.raises(ConfigError, match=r"the patches of 96 images in 2 layers take 0\.0 GiB, more than max_gib"):
         dict(attentive.run(loaded_run("mae"), Config(layers=[1, 2], max_gib=tight)))

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from mim import build, sweep
 from mim.config import ConfigError
 from mim.contracts import LoadedRun, NamedValues
-from mim.features import Wanted, banks
-from mim.probes import samples
+from mim.features import Wanted
+from mim.probes import labelled_samples
 
 
 @dataclass
@@ -54,16 +54,7 @@ def run(loaded: LoadedRun, cfg: Config) -> NamedValues:
     if num_heads < 1 or encoder.width % num_heads:
         raise ConfigError(f"num_heads={num_heads} must divide the width of the encoder, {encoder.width}")
     refuse_too_much(loaded, cfg)
-    wanted = Wanted(cfg.layers, ["tokens"])
-    found = banks(
-        loaded,
-        wanted,
-        batch_size=cfg.batch_size,
-        train_limit=cfg.train_limit,
-        val_limit=cfg.val_limit,
-        cache=cfg.cache,
-    )
-    train, val = samples(*found, where="attentive")
+    train, val = labelled_samples(loaded, Wanted(cfg.layers, ["tokens"]), cfg, where="attentive")
     device = next(encoder.parameters()).device
 
     def make(column: str, rates: Sequence[sweep.Rate]) -> sweep.Heads:

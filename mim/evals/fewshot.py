@@ -23,8 +23,8 @@ from torch import Tensor
 from mim import logistic
 from mim.config import ConfigError
 from mim.contracts import LoadedRun, NamedValues
-from mim.features import Wanted, banks
-from mim.probes import Samples, accuracies, ranks_in_class, samples
+from mim.features import Wanted
+from mim.probes import Samples, accuracies, labelled_samples, ranks_in_class
 
 
 @dataclass
@@ -56,16 +56,7 @@ def run(loaded: LoadedRun, cfg: Config) -> NamedValues:
         raise ConfigError(f"l2={cfg.l2:g} and inverse_penalty={cfg.inverse_penalty:g} must be above 0")
     if cfg.pool == "tokens":
         raise ConfigError("pool=tokens: tokens are many vectors of an image, few-shot reads one; use mean")
-    wanted = Wanted([cfg.layer], [cfg.pool])
-    found = banks(
-        loaded,
-        wanted,
-        batch_size=cfg.batch_size,
-        train_limit=cfg.train_limit,
-        val_limit=cfg.val_limit,
-        cache=cfg.cache,
-    )
-    train, val = samples(*found, where="fewshot")
+    train, val = labelled_samples(loaded, Wanted([cfg.layer], [cfg.pool]), cfg, where="fewshot")
     device = next(loaded.encoder.parameters()).device
     for shots in sorted(set(cfg.shots)):
         reached = torch.tensor(few_shot(train, val, device, shots=shots, cfg=cfg), dtype=torch.float64)

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from mim import logistic, sweep
 from mim.config import ConfigError
 from mim.contracts import LoadedRun, NamedValues
-from mim.features import Wanted, banks
+from mim.features import Wanted
 from mim.log import Pace, say
-from mim.probes import Samples, accuracies, choosing_part, samples
+from mim.probes import Samples, accuracies, choosing_part, labelled_samples
 
 
 @dataclass
@@ -70,15 +70,7 @@ def run(loaded: LoadedRun, cfg: Config) -> NamedValues:
         raise ConfigError(f"solver={cfg.solver!r} is unknown; choose adamw, lars or lbfgs")
     if "tokens" in cfg.pools:
         raise ConfigError(f"pools={cfg.pools}: tokens are many vectors of an image, linear reads one; use mean")
-    found = banks(
-        loaded,
-        Wanted(cfg.layers, cfg.pools),
-        batch_size=cfg.batch_size,
-        train_limit=cfg.train_limit,
-        val_limit=cfg.val_limit,
-        cache=cfg.cache,
-    )
-    train, val = samples(*found, where="linear")
+    train, val = labelled_samples(loaded, Wanted(cfg.layers, cfg.pools), cfg, where="linear")
     device = next(loaded.encoder.parameters()).device
     yield from regression(train, val, device, cfg) if cfg.solver == "lbfgs" else heads(train, val, device, cfg)
 

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from mim import inference
-from mim.build import size_of
 from mim.contracts import ExportError, LoadedRun
-from mim.export_folder import Terms, Written, check_names, export_folder, fixed_batch, largest_difference, require
+from mim.export_folder import Terms, Written, check_names, export_folder, largest_difference, require
 
 FILE = "model.onnx"
 TOLERANCE = 1e-4  # ONNX Runtime adds in another order, and has its own approximations of GELU and softmax
@@ -45,12 +44,11 @@ def export(loaded: LoadedRun, out: Path, cfg: Config) -> dict[str, Any]:
     require("onnx", "onnxruntime", "onnxscript", extra="onnx")
 
     def fill(folder: Path) -> Written:
-        size = loaded.views.sizes[0] if cfg.image_size is None else size_of(cfg.image_size, "image_size")
-        network = inference.inference(loaded, size=size, pool=cfg.pool)
-        images = fixed_batch(loaded, rows=3, size=size)
-        expected = inference.expected(loaded, images, pool=cfg.pool)
-        write(network, images[:2], folder / FILE, cfg, facts={"run": loaded.path.name, "step": str(loaded.step)})
-        difference = compare(network, folder, images, expected)
+        made = inference.prepare(loaded, image_size=cfg.image_size, pool=cfg.pool)
+        write(
+            made.network, made.images[:2], folder / FILE, cfg, facts={"run": loaded.path.name, "step": str(loaded.step)}
+        )
+        difference = compare(made.network, folder, made.images, made.expected)
         return Written(
             difference,
             TOLERANCE,
@@ -58,8 +56,8 @@ def export(loaded: LoadedRun, out: Path, cfg: Config) -> dict[str, Any]:
             usage=USAGE,
             versions=("onnx", "onnxruntime", "onnxscript"),
             tags=("onnx",),
-            notes=inference.notes(size, expected),
-            facts={"image_size": list(size), "outputs": {n: list(t.shape[1:]) for n, t in expected.items()}},
+            notes=made.notes,
+            facts=made.facts,
         )
 
     return export_folder(loaded, out, target="onnx", terms=Terms(cfg.license, cfg.initial_license), write=fill)

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from mim import inference
-from mim.build import size_of
 from mim.contracts import ExportError, LoadedRun
-from mim.export_folder import Terms, Written, check_tensors, export_folder, fixed_batch, largest_difference
+from mim.export_folder import Terms, Written, check_tensors, export_folder, largest_difference
 
 FILE = "model.pt2"
 TOLERANCE = 1e-6
@@ -43,20 +42,17 @@ def export(loaded: LoadedRun, out: Path, cfg: Config) -> dict[str, Any]:
     """Write the folder, load it with torch and compare. Returns the report that is also `report.json`."""
 
     def fill(folder: Path) -> Written:
-        size = loaded.views.sizes[0] if cfg.image_size is None else size_of(cfg.image_size, "image_size")
-        network = inference.inference(loaded, size=size, pool=cfg.pool)
-        images = fixed_batch(loaded, rows=3, size=size)
-        expected = inference.expected(loaded, images, pool=cfg.pool)
-        write(network, images[:2], folder / FILE)
-        difference = compare(network, folder, images, expected)
+        made = inference.prepare(loaded, image_size=cfg.image_size, pool=cfg.pool)
+        write(made.network, made.images[:2], folder / FILE)
+        difference = compare(made.network, folder, made.images, made.expected)
         return Written(
             difference,
             TOLERANCE,
             library="pytorch",
             usage=USAGE,
             tags=("torch.export",),
-            notes=inference.notes(size, expected),
-            facts={"image_size": list(size), "outputs": {n: list(t.shape[1:]) for n, t in expected.items()}},
+            notes=made.notes,
+            facts=made.facts,
         )
 
     return export_folder(loaded, out, target="torch", terms=Terms(cfg.license, cfg.initial_license), write=fill)
