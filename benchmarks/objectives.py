@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mim import build, config, optim, train
+from mim import build, config, job, optim, stopping, train
 from mim import codes as evaluated
 from mim.contracts import Batch, LoadedRun
 from mim.patches import gather, mask_to_ids
@@ -101,7 +101,7 @@ def written(recipe: str, overrides: list[str], folder: Path) -> Path:
 
 
 def trained(recipe: Path, run: Path) -> None:
-    if train.main(str(recipe), [f"train.run={run}"]) != train.DONE:
+    if train.main(str(recipe), [f"train.run={run}"]) != stopping.DONE:
         raise SystemExit(f"{run} was stopped; the same command resumes")
 
 
@@ -177,7 +177,7 @@ def codes(loaded: LoadedRun, training: list[Batch], held_out: list[Batch]) -> di
 
 def one_batch(recipe: Path, steps: int) -> tuple[float, float]:
     """Loss of a fresh network on one batch of training images, before and after `steps` updates on it."""
-    cfg = config.typed(train.Config, config.read(str(recipe)))
+    cfg = config.typed(job.Config, config.read(str(recipe)))
     training, _ = build.open_data(config.plain(cfg))
     torch.manual_seed(cfg.optim.seed)
     built = build.build(config.plain(cfg), dataset=training)

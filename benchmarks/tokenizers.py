@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from mim import train
+from mim import stopping, train
 
 FEATURES, PIXELS = "vqkd_mae_cifar10", "vq_pixels_cifar10"
 KINDS: dict[str, tuple[str, list[str]]] = {
@@ -87,7 +87,7 @@ def card(kind: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     code = train.main(
         recipe, [f"{key}={value}" for key, value in options.items()] + pictures + overrides + arguments.set
     )
-    assert code == train.DONE, f"{run} was stopped"
+    assert code == stopping.DONE, f"{run} was stopped"
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     found = next(line for line in reversed(lines) if line.get("eval") == "codebook")
     minutes = run / "minutes.json"

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mim import build, config, frozen_networks, optim, train
+from mim import build, config, frozen_networks, job, optim
 from mim.contracts import Batch
 
 CASES = {"base": ("beit_vitb16_in1k", 4), "tiny": ("beit_vittiny_cifar10", 64)}  # recipe, images of a step
@@ -86,7 +86,7 @@ def measure(recipe: str, rows: int, device: torch.device, arguments: argparse.Na
 def steps(recipe: str, rows: int, device: torch.device, dtype: torch.dtype | None) -> dict[str, Callable[[], None]]:
     """One training step of a recipe with its tokenizer in the loop, and with codes that are there."""
     torch.manual_seed(0)
-    cfg = config.typed(train.Config, config.read(recipe))
+    cfg = config.typed(job.Config, config.read(recipe))
     built = build.build(config.plain(cfg), load_frozen=False)
     objective, tokenizer = built.objective.to(device).train(), built.frozen["tokenizer"].to(device)
     optimizer = optim.create(objective, cfg.optim)

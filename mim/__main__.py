@@ -124,7 +124,7 @@ def bench_data(
 
     from mim import build, config
     from mim.data import diagnosis, mixture
-    from mim.train import Config, num_workers
+    from mim.job import Config, num_workers
 
     cfg = config.typed(Config, config.read(recipe, overrides))
     sections = config.plain(cfg)
@@ -188,7 +188,7 @@ def evaluate(
     import tokenizer as tokenizers
     from mim import build, config, features, judged
     from mim.log import heard
-    from mim.train import record
+    from mim.looking import record
 
     main, device = launched()
     folder = Path(model)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from mim import build, config, frozen_networks, train
+from mim import build, config, frozen_networks, job
 from mim.config import ConfigError, difference
 from mim.contracts import Batch, DataError
 from mim.data import mixture, order, quarantine, stream, tokens
@@ -153,7 +153,7 @@ def report(out: Path, **told: Any) -> TokensReport:
 
 def prepare(recipe: str, overrides: list[str], out: Path, views: int | None) -> Work:
     """Open the data and build the tokenizer as training does."""
-    cfg = config.typed(train.Config, config.read(recipe, overrides))
+    cfg = config.typed(job.Config, config.read(recipe, overrides))
     stated = cfg.data.get("views")
     if views is None and stated is None:
         raise ConfigError("the number of views is missing; give --views K, or set data.views in the recipe")
@@ -180,7 +180,7 @@ def prepare(recipe: str, overrides: list[str], out: Path, views: int | None) -> 
         "made": tokens.made_with(rows, accelerator.device),
         "tokenizer": asdict(build.tokenizer_facts(built.sections, tokenizer)),
     }
-    return Work(out, head, built, dataset, rows, train.num_workers(cfg.train.workers), accelerator)
+    return Work(out, head, built, dataset, rows, job.num_workers(cfg.train.workers), accelerator)
 
 
 # ---- encoding ------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import accelerate
 import click
 import torch
 
-from mim import build, config, footprint, frozen_networks, optim, train
+from mim import build, config, footprint, frozen_networks, job, looking, optim, stopping, train
 from mim.config import ConfigError
 from mim.data import mixture, order, shards
 from mim.log import say
@@ -32,7 +32,7 @@ BLOCKS = " ▁▂▃▄▅▆▇█"
 
 def main(recipe: str, overrides: list[str], *, images: int | None = None, as_json: bool = False) -> int:
     """Print a recipe's plan as text or JSON; `images` stands for data that is not opened. Returns the exit code."""
-    cfg = config.typed(train.Config, config.read(recipe, overrides))
+    cfg = config.typed(job.Config, config.read(recipe, overrides))
     absent = [f"data.path={path}" for path in data_paths(cfg) if not path.exists()]
     missing = list(untrained(cfg))
     trained = not missing
@@ -55,16 +55,16 @@ def main(recipe: str, overrides: list[str], *, images: int | None = None, as_jso
     )
     if state.is_main_process:
         click.echo(json.dumps(found, indent=1) if as_json else "\n".join(lines(found)))
-    return train.DONE
+    return stopping.DONE
 
 
-def data_paths(cfg: train.Config) -> list[Path]:
+def data_paths(cfg: job.Config) -> list[Path]:
     """The folders of the training data."""
     sources = cfg.data.get("sources") or [{"path": cfg.data.get("path")}]
     return [Path(str(source["path"])).expanduser() for source in sources]
 
 
-def untrained(cfg: train.Config) -> Iterator[tuple[str, str]]:
+def untrained(cfg: job.Config) -> Iterator[tuple[str, str]]:
     """The frozen networks that a recipe needs and does not find, each with its own recipe; one without is refused."""
     frozen = {
         "tokenizer": cfg.tokenizer if cfg.encoder is not None and cfg.tokens is None else None,
@@ -97,7 +97,7 @@ def epochs_in(value: Any, key: str = "") -> Iterator[str]:
 
 
 def resolve(
-    cfg: train.Config,
+    cfg: job.Config,
     name: str,
     *,
     num_images: int | None,
@@ -107,7 +107,7 @@ def resolve(
 ) -> dict[str, Any]:
     """What a recipe comes to, as plain data: what `--json` prints. `trained`: its frozen networks are there."""
     rates = optim.resolve(cfg.optim, num_images or 1)  # without epochs the number of images is not used
-    every = train.intervals(cfg, num_images or 1)
+    every = looking.intervals(cfg, num_images or 1)
     with torch.device("meta"):
         built = build.build(config.plain(cfg), dataset=dataset, load_frozen=trained)
     repeats, micro = built.views.data.repeats, cfg.train.micro_batches

@@ -10,10 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
-import signal
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,91 +22,12 @@ from torch import Tensor, nn
 
 import tokenizer as tokenizers
 from mim import __version__, build, checkpoint, config, experiment, frozen_networks, optim, ranks, weights
-from mim.config import ConfigError
-from mim.contracts import Batch, DataError, LoadedRun
+from mim.contracts import Batch, DataError
 from mim.data import mixture, quarantine, shuffle, stages, stream
-from mim.features import protocol
-from mim.log import Averages, Progress, RunLog, heard, say, write_json
-from mim.schedules import to_steps
-
-
-@dataclass
-class Machine:
-    """Section `train`: how a run is executed. Nothing here changes what is learned, beyond rounding."""
-
-    run: str | None = None  # run directory; null: runs/<recipe name>
-    precision: str = "no"  # no (float32) | bf16 | fp16
-    cpu: bool = False  # stay on the CPU although there is a GPU
-    micro_batches: int = 1  # gradient accumulation: micro-batches per step and process
-    workers: int | None = None  # loader processes per rank; null: the CPUs of this process, shared among local ranks
-    log_every: str = "50 steps"
-    save_every: str = "1 epochs"
-    keep: int = 2  # newest checkpoints that stay, at least 2
-    cache_dir: str | None = None  # of shards made from image folders, and of remote ones; null: ~/.cache/mimstream
-    cache_limit: float | None = None  # GiB of remote shards kept there; null: until 5 % or 20 GiB of the disk are left
-    trackers: list[str] = field(default_factory=list)  # accelerate's, e.g. [tensorboard]; log.jsonl is always written
-
-    def __post_init__(self) -> None:
-        if self.precision == "False":  # what YAML makes of a bare `no`
-            self.precision = "no"
-        if self.precision not in ("no", "bf16", "fp16"):
-            raise ConfigError(f"train.precision={self.precision!r} is unknown; choose no, bf16 or fp16")
-        if self.micro_batches < 1:
-            raise ConfigError(f"train.micro_batches={self.micro_batches} must be at least 1")
-
-
-@dataclass
-class Init:
-    """Section `init`: a new run from another run's weights, which is recorded as its parent."""
-
-    run: str | None = None  # RUN or RUN@step; null: start afresh (or from encoder.init)
-    optimizer: bool = False  # its optimizer too, then with the weights of the last step instead of their average
-
-
-@dataclass
-class Config:
-    """A recipe. The first six sections are the experiment; `train` is the machine; `evals` only look."""
-
-    data: dict[str, Any]
-    objective: dict[str, Any]
-    optim: optim.Config
-    encoder: dict[str, Any] | None = None
-    mask: dict[str, Any] | None = None
-    tokenizer: dict[str, Any] | None = None
-    tokens: str | None = None  # token cache (mim tokens make): the codes without running the tokenizer
-    teacher: dict[str, Any] | None = None  # frozen network whose features or decisions are learned: {path: RUN}
-    init: Init = field(default_factory=Init)
-    train: Machine = field(default_factory=Machine)
-    evals: dict[str, Any] = field(default_factory=dict)  # NAME: {every: "10 epochs", option: value}
-
-
-@dataclass
-class Job:
-    """What the loop works on."""
-
-    cfg: Config
-    run: Path
-    built: build.Built
-    rates: optim.Rates
-    dataset: mixture.AnyDataset
-    sequence: mixture.AnyOrder
-    journal: quarantine.Journal
-    experiment: dict[str, Any]  # its identity
-    accelerator: Accelerator
-    model: nn.Module  # the wrapped objective
-    optimizer: Any
-    ema: dict[str, Tensor]
-    recipe: str
-    card: dict[str, float] = field(default_factory=dict)  # of the tokenizer that is trained, as last evaluated
-
-    @property
-    def objective(self) -> Any:
-        return self.accelerator.unwrap_model(self.model)
-
-
-DONE, STOPPED = 0, 75  # exit codes
-ONE_SIGNAL = 2.0  # seconds within which signals to stop are the same one, sent to the process and to its group
-Stop = Callable[[int], bool]
+from mim.job import Config, Job, num_workers, status
+from mim.log import Averages, Progress, RunLog, say
+from mim.looking import averaged, intervals, look
+from mim.stopping import DONE, STOPPED, Stop, stop_signals
 
 
 def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop | None = None) -> int:
@@ -220,6 +138,7 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
         for name, value in checkpoint.averaged_tensors(objective).items() if job.ema else ():
             job.ema[name].copy_(value)
     batches = iter(loader(job, start))
+    present = list(checkpoint.averaged_tensors(objective).values())  # training changes them in place
     model.train()
 
     for step in range(start + 1, total + 1):  # `step` counts committed updates: 1 after the first
@@ -255,7 +174,6 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
         if hasattr(objective, "after_step"):
             objective.after_step(step, progress)
         if cfg.optim.ema is not None:
-            present = list(checkpoint.averaged_tensors(objective).values())
             torch._foreach_lerp_(list(job.ema.values()), present, 1 - cfg.optim.ema)
         progress_line.advance()
         for line in waiting.step(time.perf_counter()):
@@ -338,13 +256,6 @@ def on_device(job: Job, batch: Batch) -> Batch:
     return batch
 
 
-def num_workers(asked: int | None) -> int:
-    """Loader processes of this rank: as asked, else the allowed CPUs shared among the ranks of this node."""
-    if asked is not None:
-        return asked
-    return min(stages.allowed_cpus(), 16)
-
-
 def seed_draws(seed: int, step: int, rank: int, micro: int) -> None:
     """Seed the default generators of torch, numpy and python by name: resume needs no generator state.
 
@@ -368,114 +279,7 @@ def clip(accelerator: Accelerator, model: nn.Module, max_norm: float | None) -> 
     return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
 
 
-@contextlib.contextmanager
-def stop_signals() -> Iterator[Stop]:
-    """Turn SIGTERM and SIGINT into a request to save and stop; a later second one acts at once.
-
-    `timeout` sends its signal to the process and then to the group, so the same one comes twice.
-    """
-    received: list[float] = []  # when, in seconds
-    previous = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
-
-    def on_signal(number: int, _frame: Any) -> None:
-        if not received:
-            say(f"{signal.Signals(number).name}: saving at the next step, then stopping; send it again to stop at once")
-        received.append(time.monotonic())
-        if received[-1] - received[0] > ONE_SIGNAL:
-            signal.signal(number, previous[signal.Signals(number)])
-            signal.raise_signal(number)
-
-    for number in previous:
-        signal.signal(number, on_signal)
-    try:
-        yield lambda _step: bool(received)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 # ---- log, look, save -----------------------------------------------------------------------------
-
-
-def intervals(cfg: Config, num_images: int) -> dict[str, int]:
-    """Steps between logs, saves and each evaluation."""
-    durations = {"log": cfg.train.log_every, "save": cfg.train.save_every}
-    for name, section in cfg.evals.items():
-        config.component("mim.evals", eval_section(name, section), f"evals.{name}")
-        durations[name] = section["every"]
-    where = {"log": "train.log_every", "save": "train.save_every"}
-    steps = {}
-    for name, duration in durations.items():
-        key = where.get(name, f"evals.{name}.every")
-        try:
-            num = to_steps(duration, batch_size=cfg.optim.batch_size, num_images=num_images, where=key)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        steps[name] = max(num, 1)
-    return steps
-
-
-def eval_section(name: str, section: Any) -> dict[str, Any]:
-    """The component section of `evals: {NAME: {every: DURATION, option: value}}`."""
-    if not isinstance(section, dict) or "every" not in section:
-        raise ConfigError(f"evals.{name}.every is missing; write e.g. evals.{name}.every='10 epochs'")
-    return {"name": name, **{key: value for key, value in section.items() if key != "every"}}
-
-
-def look(job: Job, name: str, step: int, log: RunLog | None) -> None:
-    """Run one evaluation on all ranks, with averaged weights if there are any; the main rank logs what it yields.
-
-    An evaluation that deals its work out (mim/ranks.py) is shared; any other is computed by every rank alike, which
-    takes no longer than by one. None of them waits for another longer than their shares differ.
-    """
-    main_rank = job.accelerator.is_main_process
-    module, cfg = config.component("mim.evals", eval_section(name, job.cfg.evals[name]), f"evals.{name}")
-    with averaged(job) as objective, heard(main_rank):
-        ranks.share(objective.buffers())
-        loaded = LoadedRun(
-            objective, objective.encoder, job.built.at_hand, job.built.views, job.built.sections, step, job.run
-        )
-        numbers, pictures = record(module.run(loaded, cfg), job.run / "pictures", step, main=main_rank)
-    if name == "codebook":
-        job.card = numbers
-    shown = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items() if "/" not in key)  # not of every class
-    say(f"step {step}/{job.rates.total_steps}  {name}: {shown or ', '.join(pictures.values())}", main=main_rank)
-    job.accelerator.log({f"{name}/{key}": value for key, value in numbers.items()}, step=step)
-    if log is not None:
-        log.write("eval", step, eval=name, protocol=protocol(loaded, cfg), **numbers, **pictures)
-
-
-def record(values: Any, folder: Path, step: int, *, main: bool = True) -> tuple[dict[str, float], dict[str, str]]:
-    """Split what an evaluation yields into numbers and pictures; the main rank writes pictures as PNG."""
-    numbers, pictures = {}, {}
-    for key, value in values:
-        if hasattr(value, "save"):
-            path = folder / f"{key}-{step:08d}.png"
-            if main:
-                folder.mkdir(parents=True, exist_ok=True)
-                value.save(path)
-            pictures[key] = str(path)
-        else:
-            numbers[key] = float(value)
-    return numbers, pictures
-
-
-@contextlib.contextmanager
-def averaged(job: Job) -> Iterator[Any]:
-    """The objective in evaluation mode, with the averaged weights in place while the block runs."""
-    objective = job.objective
-    swapped = checkpoint.averaged_tensors(objective) if job.ema else {}
-    kept = {name: value.clone() for name, value in swapped.items()}
-    for name, value in swapped.items():
-        value.copy_(job.ema[name])
-    job.model.eval()
-    try:
-        with torch.no_grad():
-            yield objective
-    finally:
-        for name, value in swapped.items():
-            value.copy_(kept[name])
-        job.model.train()
 
 
 def save(job: Job, step: int, fingerprint: int, averages: Averages) -> None:
@@ -507,10 +311,3 @@ def write_tokenizer(job: Job, folder: Path) -> None:
         options = {key: value for key, value in section.items() if key != "name"}
         card = job.card or objective.card()  # held-out images, if the recipe evaluates them
         tokenizers.save(objective.tokenizer, folder, name=section["name"], config=options, card=card)
-
-
-def status(job: Job, state: str, step: int, *, reason: str | None = None) -> None:
-    """Write status.json, which launch scripts read."""
-    if job.accelerator.is_main_process:
-        value = {"state": state, "step": step, "of": job.rates.total_steps, "recipe": job.recipe}
-        write_json(job.run / "status.json", value | ({"reason": reason} if reason else {}))

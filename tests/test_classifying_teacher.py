@@ -6,7 +6,7 @@ import torch
 from conftest import TINY
 from safetensors.torch import save_file
 
-from mim import build, classifying_teacher, frozen_networks, train
+from mim import build, classifying_teacher, frozen_networks, stopping, train
 from mim.config import ConfigError, from_yaml, to_yaml
 from mim.data.shards import Dataset
 from tests.test_train import lines, run, tensors
@@ -91,7 +91,7 @@ def test_the_teacher_sees_what_the_student_sees_mixed_and_erased(sections, shard
     monkeypatch.setattr(frozen_networks, "write_targets", noted)
     path = tmp_path / "student.yaml"
     path.write_text(to_yaml({**sections, "train": {"workers": 0}}))
-    assert run(str(path), tmp_path / "run") == train.DONE
+    assert run(str(path), tmp_path / "run") == stopping.DONE
     assert len(seen) == len(taught) == 2
     for images, batch in zip(seen, taught, strict=True):
         assert torch.equal(images, batch["images"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mim import config, train
+from mim import config, job
 from mim.config import ConfigError
 from mim.data import stream
 
@@ -177,7 +177,7 @@ def test_a_missing_value_is_named_in_full_with_how_to_set_it():
 def test_a_missing_section_is_named(section):
     recipe = {"data": {"path": "x"}, "objective": {"name": "mae"}, "optim": {"lr": 1e-3}}
     del recipe[section]
-    assert refusal(config.typed, train.Config, recipe) == f"{section} is missing; add this section to the recipe"
+    assert refusal(config.typed, job.Config, recipe) == f"{section} is missing; add this section to the recipe"
 
 
 def test_a_recipe_without_a_dataset_is_refused_with_the_key():

@@ -27,6 +27,8 @@ LEVELS = [
     {"mim.timm_folder"},
     {"mim.inference", "mim.hf_processor"},
     {"mim.evals", "mim.exports", "mim.report"},
+    {"mim.job", "mim.stopping"},
+    {"mim.looking"},
     {"mim.train"},
     {"mim.demo", "mim.plan", "mim.shard_commands", "mim.make_tokens"},
     {"mim.token_commands"},

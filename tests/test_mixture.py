@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mim import build, train
+from mim import build, stopping, train
 from mim.config import ConfigError, typed
 from mim.data import stream
 from mim.data.augment import crop
@@ -303,14 +303,14 @@ def logged(folder):
 
 
 def test_a_run_on_a_mixture_resumes_bit_for_bit_and_tells_what_an_epoch_is(recipe, tmp_path, capsys):
-    assert train.main(recipe, [f"train.run={tmp_path / 'whole'}"]) == train.DONE
+    assert train.main(recipe, [f"train.run={tmp_path / 'whole'}"]) == stopping.DONE
     said = capsys.readouterr().err
     assert "50.0% from" in said
     assert "23 images, 1 epoch of it = 7.7 steps, run = 3.0 epochs of it" in said
     assert "9 images, 1 epoch of it = 5.0 steps, run = 4.6 epochs of it" in said
     stopped = [f"train.run={tmp_path / 'stopped'}"]
-    assert train.main(recipe, stopped, stop=lambda step: step == 13) == train.STOPPED
-    assert train.main(recipe, [*stopped, "train.workers=1"]) == train.DONE
+    assert train.main(recipe, stopped, stop=lambda step: step == 13) == stopping.STOPPED
+    assert train.main(recipe, [*stopped, "train.workers=1"]) == stopping.DONE
     assert logged(tmp_path / "stopped") == logged(tmp_path / "whole")
     assert logged(tmp_path / "whole")[-1]["eval"] == "knn"
 
@@ -322,4 +322,4 @@ def test_a_run_with_other_weights_is_another_experiment(recipe, folders, tmp_pat
     with pytest.raises(ConfigError, match="dataset_id"):
         train.main(recipe, [*options, f"data.sources={changed}"])
     same = json.dumps([{"path": str(f), "weight": 10 * w} for f, w in zip(folders, WEIGHTS, strict=True)])
-    assert train.main(recipe, [*options, f"data.sources={same}"]) == train.DONE
+    assert train.main(recipe, [*options, f"data.sources={same}"]) == stopping.DONE

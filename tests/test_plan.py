@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mim import config, optim, plan, train
+from mim import config, job, optim, plan, stopping
 from mim.config import ConfigError
 from mim.data import shards as datasets
 
@@ -30,7 +30,7 @@ def planned(write, capsys):
     """`planned(objective, images=..., section__key=value)`: the plan as programs read it."""
 
     def run(objective="mae", images=None, **changes):
-        assert plan.main(write(objective, **changes), [], images=images, as_json=True) == train.DONE
+        assert plan.main(write(objective, **changes), [], images=images, as_json=True) == stopping.DONE
         return json.loads(capsys.readouterr().out)
 
     return run
@@ -38,7 +38,7 @@ def planned(write, capsys):
 
 def test_with_the_data_at_hand_the_start_lines_come_first_and_nothing_is_written(write, shards, tmp_path, capsys):
     path = write(train__run=str(tmp_path / "run"))
-    assert plan.main(path, []) == train.DONE
+    assert plan.main(path, []) == stopping.DONE
     said = capsys.readouterr()
     num_images = len(datasets.Dataset.open(shards / "train"))
     assert f"{num_images} images in" in said.err
@@ -96,8 +96,9 @@ def test_a_tokenizer_that_is_not_trained_yet_is_planned_from_its_recipe(write, c
     assert found["memory"]["frozen"] > 0
 
 
-def test_a_teacher_that_is_not_trained_yet_is_planned_from_its_recipe(capsys):
-    assert plan.main("vqkd_mae_cifar10", [], images=1000, as_json=True) == train.DONE
+def test_a_teacher_that_is_not_trained_yet_is_planned_from_its_recipe(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # whatever runs/ holds here
+    assert plan.main("vqkd_mae_cifar10", [], images=1000, as_json=True) == stopping.DONE
     said = capsys.readouterr()
     assert "no trained teacher yet: planned from its recipe mae_vittiny_cifar10" in said.err
     parts = json.loads(said.out)["parts"]
@@ -108,7 +109,7 @@ def test_a_teacher_that_is_not_trained_yet_is_planned_from_its_recipe(capsys):
 def test_the_weights_of_a_timm_teacher_are_not_fetched_for_a_plan(capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     small = ["teacher.model=resnet10t", "data.image_size=32", "encoder.patch_size=8", "encoder.depth=1"]
-    assert plan.main("classify_deits16_in1k", [*small, "train.cpu=true"], images=1000, as_json=True) == train.DONE
+    assert plan.main("classify_deits16_in1k", [*small, "train.cpu=true"], images=1000, as_json=True) == stopping.DONE
     said = capsys.readouterr()
     assert "no trained teacher yet: planned from its timm model resnet10t" in said.err
     assert json.loads(said.out)["parts"]["teacher"]["forward"] > 0
@@ -129,7 +130,7 @@ def test_rates_are_those_of_the_loop(planned, write):
     found = planned(
         optim__length="100 steps", optim__warmup="10 steps", optim__min_lr=1e-5, optim__weight_decay_end=0.2
     )
-    rates = optim.resolve(config.typed(train.Config, config.read(write())).optim, 1)
+    rates = optim.resolve(config.typed(job.Config, config.read(write())).optim, 1)
     named = {name: (value["step"], value["lr"]) for name, value in found["lr"].items()}
     assert named["start"] == (0, pytest.approx(1e-4))
     assert named["end of warm-up"] == (10, pytest.approx(rates.lr))
@@ -184,7 +185,7 @@ def test_the_text_tells_what_the_numbers_are(write, capsys):
 
 def test_no_precision_needs_no_quotes(write, capsys):
     """YAML makes False of a bare no."""
-    assert plan.main(write(), ["train.precision=no"], as_json=True) == train.DONE
+    assert plan.main(write(), ["train.precision=no"], as_json=True) == stopping.DONE
     assert json.loads(capsys.readouterr().out)["memory"]["precision"] == "no"
 
 

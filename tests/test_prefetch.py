@@ -7,7 +7,7 @@ import torch
 import yaml
 from fault_server import FaultServer, cut, serve_dataset, status
 
-from mim import train
+from mim import stopping, train
 from mim.contracts import StorageError
 from mim.data import prefetch
 from mim.data.augment import center
@@ -178,7 +178,7 @@ def test_a_run_over_a_faulty_server_has_the_losses_of_a_run_over_local_shards(sh
         machine = {"run": str(tmp_path / name), "cache_dir": str(tmp_path / "cache"), "cache_limit": 1.0}
         sections["train"] = {"workers": 2, "cpu": True, "log_every": "1 steps", **machine}
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(sections))
-        assert train.main(str(tmp_path / f"{name}.yaml"), []) == train.DONE
+        assert train.main(str(tmp_path / f"{name}.yaml"), []) == stopping.DONE
         lines = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
         return [(line["loss"], line["fingerprint"]) for line in lines if "loss" in line]
 

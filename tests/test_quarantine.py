@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mim import checkpoint, train
+from mim import checkpoint, stopping, train
 from mim.config import ConfigError, typed
 from mim.contracts import DataError
 from mim.data import quarantine, stream
@@ -285,14 +285,14 @@ def numbers(folder):
 
 
 def test_a_run_names_its_bad_samples_counts_them_and_resumes_to_the_same_end(dataset, recipe, tmp_path, capsys):
-    assert train.main(recipe, [f"train.run={tmp_path / 'whole'}"]) == train.DONE
+    assert train.main(recipe, [f"train.run={tmp_path / 'whole'}"]) == stopping.DONE
     assert "num_bad 4" in capsys.readouterr().err
     journal = read_lines(tmp_path / "whole/journal.jsonl")
     assert {entry["sample"] for entry in journal} == set(BAD)
     assert {"step", "key", "reason", "substitute"} <= journal[0].keys()
     stopped = [f"train.run={tmp_path / 'stopped'}"]
-    assert train.main(recipe, stopped, stop=lambda step: step == 7) == train.STOPPED
-    assert train.main(recipe, [*stopped, "train.workers=1"]) == train.DONE
+    assert train.main(recipe, stopped, stop=lambda step: step == 7) == stopping.STOPPED
+    assert train.main(recipe, [*stopped, "train.workers=1"]) == stopping.DONE
     assert read_lines(tmp_path / "stopped/journal.jsonl") == journal
     assert numbers(tmp_path / "stopped") == numbers(tmp_path / "whole")
 
@@ -300,9 +300,9 @@ def test_a_run_names_its_bad_samples_counts_them_and_resumes_to_the_same_end(dat
 def test_a_decoder_that_learned_to_read_a_sample_does_not_change_a_resumed_stream(
     dataset, recipe, tmp_path, monkeypatch
 ):
-    assert train.main(recipe, [f"train.run={tmp_path / 'whole'}"]) == train.DONE
+    assert train.main(recipe, [f"train.run={tmp_path / 'whole'}"]) == stopping.DONE
     stopped = [f"train.run={tmp_path / 'stopped'}"]
-    assert train.main(recipe, stopped, stop=lambda step: step == 7) == train.STOPPED
+    assert train.main(recipe, stopped, stop=lambda step: step == 7) == stopping.STOPPED
     found = json.loads((tmp_path / "stopped/checkpoints/step-00000007/state.json").read_text())["bad"]
     assert {entry["sample"] for entry in found} == set(BAD)  # all of them come in the first epoch of five steps
     good = dataset.read(1, 0).image
@@ -314,7 +314,7 @@ def test_a_decoder_that_learned_to_read_a_sample_does_not_change_a_resumed_strea
             return decode(good, channels)
 
     monkeypatch.setattr(stream, "open_image", lenient)
-    assert train.main(recipe, stopped) == train.DONE
+    assert train.main(recipe, stopped) == stopping.DONE
     assert numbers(tmp_path / "stopped") == numbers(tmp_path / "whole")
 
 
@@ -334,7 +334,7 @@ def test_a_budget_stops_a_run_after_its_last_step_is_saved_and_says_why(recipe, 
 
 
 def test_a_run_with_a_larger_budget_goes_on_where_the_smaller_one_stopped_it(recipe, tmp_path, monkeypatch):
-    assert train.main(recipe, [f"train.run={tmp_path / 'whole'}"]) == train.DONE
+    assert train.main(recipe, [f"train.run={tmp_path / 'whole'}"]) == stopping.DONE
     monkeypatch.setattr(quarantine, "BUDGET_MIN", 3)
     stopped, seen = [f"train.run={tmp_path / 'stopped'}"], []
     to_device = stream.to_device
@@ -343,7 +343,7 @@ def test_a_run_with_a_larger_budget_goes_on_where_the_smaller_one_stopped_it(rec
     )
     with pytest.raises(DataError, match="step 4 is saved, the same command goes on from there"):
         train.main(recipe, stopped)
-    assert train.main(recipe, [*stopped, "data.bad_budget=0.5"]) == train.DONE
+    assert train.main(recipe, [*stopped, "data.bad_budget=0.5"]) == stopping.DONE
     assert seen == [6 * step for step in range(1, 13)]  # no batch twice, none left out
     assert numbers(tmp_path / "stopped") == numbers(tmp_path / "whole")
     assert read_lines(tmp_path / "stopped/journal.jsonl") == read_lines(tmp_path / "whole/journal.jsonl")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mim import build, config, optim, train
+from mim import build, config, job, looking, optim
 
 IN1K = 1_281_167  # images
 PUBLISHED = {  # batch, peak rate, warm-up and all epochs, betas, masked of patches, encoder's million parameters
@@ -48,7 +48,7 @@ def path(request):
 
 @pytest.fixture
 def sections(path):
-    return config.plain(config.typed(train.Config, config.read(str(path))))
+    return config.plain(config.typed(job.Config, config.read(str(path))))
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def built(path):
 def built_from(path):
     """What a recipe makes, without memory; no test changes it."""
     with torch.device("meta"):
-        return build.build(config.plain(config.typed(train.Config, config.read(str(path)))), load_frozen=False)
+        return build.build(config.plain(config.typed(job.Config, config.read(str(path)))), load_frozen=False)
 
 
 def test_there_are_recipes():
@@ -70,7 +70,7 @@ def test_there_are_recipes():
 def test_a_recipe_builds_without_its_data_and_without_memory(sections, built):
     assert sum(p.numel() for p in built.objective.parameters() if p.requires_grad) > 0
     assert all(p.is_meta for p in built.objective.parameters())
-    assert optim.parameter_groups(built.objective, config.typed(train.Config, sections).optim)
+    assert optim.parameter_groups(built.objective, config.typed(job.Config, sections).optim)
     assert not [p for network in built.frozen.values() for p in network.parameters() if p.requires_grad]
 
 
@@ -80,7 +80,7 @@ def test_a_recipe_builds_again_from_what_its_run_would_save(built):
 
 
 def test_a_schedule_resolves_for_small_and_large_data_sets(sections):
-    cfg = config.typed(train.Config, sections).optim
+    cfg = config.typed(job.Config, sections).optim
     for num_images in (4_000, 50_000):
         rates = optim.resolve(cfg, num_images)
         assert rates.total_steps > 0
@@ -90,7 +90,7 @@ def test_a_schedule_resolves_for_small_and_large_data_sets(sections):
 
 def test_evaluations_and_intervals_are_real(sections):
     for name, section in sections["evals"].items():
-        config.component("mim.evals", train.eval_section(name, section), f"evals.{name}")
+        config.component("mim.evals", looking.eval_section(name, section), f"evals.{name}")
     durations = [section["every"] for section in sections["evals"].values()]
     for duration in (*durations, sections["train"]["log_every"], sections["train"]["save_every"]):
         assert optim.to_steps(duration, batch_size=1, num_images=1000, where="test") > 0
@@ -121,7 +121,7 @@ def test_every_section_of_a_recipe_is_a_flat_mapping(path):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_recipe_says_what_was_published(name):
     batch_size, lr, warmup, epochs, betas, masked, millions = PUBLISHED[name]
-    cfg = config.typed(train.Config, config.read(name))
+    cfg = config.typed(job.Config, config.read(name))
     rates = optim.resolve(cfg.optim, IN1K)
     assert (cfg.optim.batch_size, rates.lr, cfg.optim.betas) == (batch_size, pytest.approx(lr), betas)
     assert rates.warmup_steps == math.ceil(warmup * IN1K / batch_size)
@@ -137,7 +137,7 @@ def test_a_published_recipe_says_what_was_published(name):
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if name.startswith("beit")])
 def test_a_published_recipe_of_codes_reads_them_at_112_pixels(name):
     with torch.device("meta"):
-        built = build.build(config.plain(config.typed(train.Config, config.read(name))), load_frozen=False)
+        built = build.build(config.plain(config.typed(job.Config, config.read(name))), load_frozen=False)
     assert built.views.sizes == [(224, 224), (112, 112)]
     sizes = [sum(p.numel() for p in part.parameters()) / 1e6 for part in built.frozen["tokenizer"].children()]
     assert sizes == [pytest.approx(53.8, abs=0.05), pytest.approx(43.8, abs=0.05)]  # DALL-E's encoder and decoder
@@ -146,7 +146,7 @@ def test_a_published_recipe_of_codes_reads_them_at_112_pixels(name):
 @pytest.mark.parametrize("name", SEGMENTED)
 def test_a_published_recipe_of_segmentation_says_what_was_published(name):
     lr, warmup_lr, positions, millions = SEGMENTED[name]
-    cfg = config.typed(train.Config, config.read(name))
+    cfg = config.typed(job.Config, config.read(name))
     rates = optim.resolve(cfg.optim, 20_210)  # images of ADE20K
     assert (rates.total_steps, rates.warmup_steps, cfg.optim.batch_size) == (160_000, 1500, 16)
     assert (rates.lr, cfg.optim.warmup_lr, rates.at(159_999)[0]) == (lr, warmup_lr, 0.0)
@@ -162,7 +162,7 @@ def test_a_published_recipe_of_segmentation_says_what_was_published(name):
 @pytest.mark.parametrize("name", FINETUNED)
 def test_a_published_recipe_of_fine_tuning_says_what_was_published(name):
     batch_size, lr, warmup, epochs, decay, drop_path, std, millions = FINETUNED[name]
-    cfg = config.typed(train.Config, config.read(name))
+    cfg = config.typed(job.Config, config.read(name))
     rates = optim.resolve(cfg.optim, IN1K)
     assert (cfg.optim.batch_size, rates.lr, cfg.optim.betas) == (batch_size, pytest.approx(lr), [0.9, 0.999])
     assert rates.warmup_steps == math.ceil(warmup * IN1K / batch_size)

@@ -8,7 +8,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from mim import build, checkpoint, config, resample, train, weight_files, weights
+from mim import build, checkpoint, config, resample, stopping, train, weight_files, weights
 from mim.config import ConfigError, to_yaml
 from mim.contracts import LoadedRun
 from mim.data.make import make
@@ -54,7 +54,7 @@ def source(request, shards, tmp_path_factory):
     timm_export.export(loaded, folder / "export", timm_export.Config())
     sections["encoder"]["init"] = str(folder / "export")
     (folder / "source.yaml").write_text(to_yaml(sections))
-    assert train.main(str(folder / "source.yaml"), [f"train.run={folder / 'run'}"]) == train.DONE
+    assert train.main(str(folder / "source.yaml"), [f"train.run={folder / 'run'}"]) == stopping.DONE
     return section, folder / "run", folder / "export", built.encoder
 
 
@@ -101,7 +101,7 @@ def tuned(recipe, folder, name, **changes):
         section, _, option = key.partition("__")
         sections.setdefault(section, {})[option] = value
     (folder / f"{name}.yaml").write_text(to_yaml(sections))
-    assert train.main(str(folder / f"{name}.yaml"), [f"train.run={folder / name}"]) == train.DONE
+    assert train.main(str(folder / f"{name}.yaml"), [f"train.run={folder / name}"]) == stopping.DONE
     return folder / name
 
 
@@ -118,7 +118,7 @@ def pretrained(recipe, tmp_path):
     """A run of MAE."""
     sections = recipe("mae") | {"train": {"workers": 0}}
     (tmp_path / "mae.yaml").write_text(to_yaml(sections))
-    assert train.main(str(tmp_path / "mae.yaml"), [f"train.run={tmp_path / 'mae'}"]) == train.DONE
+    assert train.main(str(tmp_path / "mae.yaml"), [f"train.run={tmp_path / 'mae'}"]) == stopping.DONE
     return tmp_path / "mae"
 
 

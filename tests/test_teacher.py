@@ -5,7 +5,7 @@ import torch
 from conftest import TINY
 from safetensors.torch import save_file
 
-from mim import build, frozen_networks, train
+from mim import build, frozen_networks, stopping, train
 from mim.config import ConfigError, to_yaml
 from mim.data import stream
 
@@ -31,7 +31,7 @@ def trained(recipe, tmp_path):
     """A run of two steps of MAE: 4x4 patches of 8 pixels, 32 wide."""
     path = tmp_path / "mae.yaml"
     path.write_text(to_yaml({**recipe("mae"), "train": {"workers": 0}}))
-    assert train.main(str(path), [f"train.run={tmp_path / 'mae'}"]) == train.DONE
+    assert train.main(str(path), [f"train.run={tmp_path / 'mae'}"]) == stopping.DONE
     return tmp_path / "mae"
 
 
@@ -69,7 +69,7 @@ def test_a_teacher_of_another_size_sees_the_image_at_its_own(sections):
 def test_a_tokenizer_learns_from_a_teacher_and_its_run_opens_again(sections, tmp_path, trained):
     path = tmp_path / "vqkd.yaml"
     path.write_text(to_yaml({**sections, "train": {"workers": 0, "log_every": "1 steps"}}))
-    assert train.main(str(path), [f"train.run={tmp_path / 'run'}"]) == train.DONE
+    assert train.main(str(path), [f"train.run={tmp_path / 'run'}"]) == stopping.DONE
     loaded = build.load_run(tmp_path / "run")
     assert loaded.config["teacher"]["step"] == 2
     batch = next(
@@ -83,13 +83,13 @@ def test_a_tokenizer_learns_from_a_teacher_and_its_run_opens_again(sections, tmp
     frozen_networks.write_targets(loaded.frozen, batch)
     out = loaded.objective(batch, torch.tensor(1.0))
     assert out["loss"].shape == (4,)
-    assert train.main(str(path), [f"train.run={tmp_path / 'again'}"], dry_run=True) == train.DONE
+    assert train.main(str(path), [f"train.run={tmp_path / 'again'}"], dry_run=True) == stopping.DONE
 
 
 def test_a_resume_with_another_teacher_is_refused(sections, tmp_path, trained, recipe):
     path = tmp_path / "vqkd.yaml"
     path.write_text(to_yaml({**sections, "train": {"workers": 0}}))
-    assert train.main(str(path), [f"train.run={tmp_path / 'run'}"]) == train.DONE
+    assert train.main(str(path), [f"train.run={tmp_path / 'run'}"]) == stopping.DONE
     other = {**recipe("mae"), "train": {"workers": 0}}
     other["optim"]["seed"] = 1
     (tmp_path / "other.yaml").write_text(to_yaml(other))

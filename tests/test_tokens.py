@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 
 import tokenizer as tokenizers
-from mim import build, make_tokens, plan, train
+from mim import build, make_tokens, plan, stopping, train
 from mim.__main__ import cli
 from mim.config import ConfigError, to_yaml
 from mim.contracts import DataError
@@ -85,7 +85,7 @@ def cache(recipe, tmp_path_factory):
 def uncached(recipe, tmp_path_factory):
     """The run that the tokenizer itself serves."""
     folder = tmp_path_factory.mktemp("uncached") / "run"
-    assert train.main(recipe, [f"train.run={folder}"]) == train.DONE
+    assert train.main(recipe, [f"train.run={folder}"]) == stopping.DONE
     return folder
 
 
@@ -112,15 +112,15 @@ def test_a_cached_run_equals_the_uncached_one_bit_for_bit_and_never_runs_the_tok
 
 def test_a_run_may_change_between_cache_and_tokenizer_when_it_resumes(recipe, cache, uncached, tmp_path):
     run = f"train.run={tmp_path / 'run'}"
-    assert train.main(recipe, [run, f"tokens={cache}"], stop=lambda step: step == 4) == train.STOPPED
-    assert train.main(recipe, [run], stop=lambda step: step == 8) == train.STOPPED
-    assert train.main(recipe, [run, f"tokens={cache}"]) == train.DONE
+    assert train.main(recipe, [run, f"tokens={cache}"], stop=lambda step: step == 4) == stopping.STOPPED
+    assert train.main(recipe, [run], stop=lambda step: step == 8) == stopping.STOPPED
+    assert train.main(recipe, [run, f"tokens={cache}"]) == stopping.DONE
     assert_same(tmp_path / "run", uncached)
 
 
 def test_a_run_needs_no_tokenizer_beside_its_cache(dataset, cache, uncached, tmp_path):  # noqa: F811
     path = write_recipe(tmp_path, dataset, tmp_path / "nowhere")
-    assert train.main(path, [f"train.run={tmp_path / 'run'}", f"tokens={cache}"]) == train.DONE
+    assert train.main(path, [f"train.run={tmp_path / 'run'}", f"tokens={cache}"]) == stopping.DONE
     assert_same(tmp_path / "run", uncached)
 
 
@@ -337,7 +337,7 @@ def test_a_cache_of_other_views_is_refused_with_both_values(recipe, cache, tmp_p
 
 def test_a_view_that_states_its_defaults_is_the_same_view(recipe, cache):
     overrides = [f"tokens={cache}", "data.view.hflip=0.5", "data.view.scale=[0.2,1.0]"]
-    assert train.main(recipe, overrides, dry_run=True) == train.DONE
+    assert train.main(recipe, overrides, dry_run=True) == stopping.DONE
 
 
 def test_a_cache_of_another_dataset_is_refused_with_both_ids(recipe, cache, shards):
@@ -432,7 +432,7 @@ def test_evaluations_of_a_cached_run_load_its_tokenizer_and_say_what_they_say_of
 def test_an_evaluation_without_the_tokenizer_is_refused_and_others_are_not(dataset, cache, tmp_path):  # noqa: F811
     path = write_recipe(tmp_path, dataset, tmp_path / "nowhere")
     more = [f"train.run={tmp_path / 'run'}", f"tokens={cache}", f"data.val_path={dataset}"]
-    assert train.main(path, [*more, "evals.ridge={every: 13 steps}"]) == train.DONE
+    assert train.main(path, [*more, "evals.ridge={every: 13 steps}"]) == stopping.DONE
     assert lines(tmp_path / "run")[-1]["eval"] == "ridge"
     with pytest.raises(ConfigError, match="this evaluation needs the tokenizer, and the run has only its codes"):
         train.main(path, [*more, f"train.run={tmp_path / 'other'}", "evals.reconstruction={every: 1 steps}"])
@@ -443,7 +443,7 @@ def test_an_evaluation_without_the_tokenizer_is_refused_and_others_are_not(datas
 
 def test_a_plan_of_a_cached_run_counts_no_tokenizer(recipe, cache, capsys):
     def planned(*overrides):
-        assert plan.main(recipe, list(overrides), as_json=True) == train.DONE
+        assert plan.main(recipe, list(overrides), as_json=True) == stopping.DONE
         return json.loads(capsys.readouterr().out)
 
     cached, uncached = planned(f"tokens={cache}"), planned()

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from mim import build, checkpoint, train
+from mim import build, checkpoint, stopping, train
 from mim.config import ConfigError, to_yaml
 from mim.data.make import make
 
@@ -102,22 +102,22 @@ def assert_same(folder: Path, reference: Path) -> None:
 @pytest.fixture(scope="module")
 def uninterrupted(dataset, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("reference")
-    assert run(recipe(dataset, folder), folder / "run") == train.DONE
+    assert run(recipe(dataset, folder), folder / "run") == stopping.DONE
     return folder / "run"
 
 
 @pytest.mark.parametrize("stop_at", range(1, STEPS))
 def test_a_run_stopped_at_any_step_and_rerun_equals_one_never_stopped(dataset, tmp_path, uninterrupted, stop_at):
     path = recipe(dataset, tmp_path)
-    assert run(path, tmp_path / "run", stop_at=stop_at) == train.STOPPED
-    assert run(path, tmp_path / "run") == train.DONE
+    assert run(path, tmp_path / "run", stop_at=stop_at) == stopping.STOPPED
+    assert run(path, tmp_path / "run") == stopping.DONE
     assert_same(tmp_path / "run", uninterrupted)
 
 
 @pytest.mark.parametrize("kind", ["fsq", "vqkd"])
 def test_what_training_moves_beside_the_weights_is_averaged_with_them(dataset, tmp_path, kind):
     path = recipe(dataset, tmp_path, kind, train__save_every="1 steps")
-    assert run(path, tmp_path / "run", stop_at=3) == train.STOPPED
+    assert run(path, tmp_path / "run", stop_at=3) == stopping.STOPPED
     before, after = (tensors_of(folder) for folder in checkpoint.list_checkpoints(tmp_path / "run"))
     moved = [name for name, value in after.items() if name.startswith("ema.") and not value.equal(before[name])]
     buffers = {name for name, _ in build.load_run(tmp_path / "run").objective.named_buffers()}
@@ -132,8 +132,8 @@ def test_what_training_moves_beside_the_weights_is_averaged_with_them(dataset, t
 @pytest.mark.parametrize("workers", [1, 3])
 def test_the_number_of_workers_changes_nothing_even_at_a_resume(dataset, tmp_path, uninterrupted, workers):
     path = recipe(dataset, tmp_path)
-    assert run(path, tmp_path / "run", f"train.workers={workers}", stop_at=3) == train.STOPPED
-    assert run(path, tmp_path / "run", "train.workers=1") == train.DONE
+    assert run(path, tmp_path / "run", f"train.workers={workers}", stop_at=3) == stopping.STOPPED
+    assert run(path, tmp_path / "run", "train.workers=1") == stopping.DONE
     assert_same(tmp_path / "run", uninterrupted)
 
 
@@ -185,7 +185,7 @@ def test_a_finished_run_that_is_rerun_only_says_so(dataset, tmp_path, uninterrup
     path = recipe(dataset, tmp_path)
     run(path, tmp_path / "run")
     before = (tmp_path / "run" / "log.jsonl").read_bytes()
-    assert run(path, tmp_path / "run") == train.DONE
+    assert run(path, tmp_path / "run") == stopping.DONE
     assert (tmp_path / "run" / "log.jsonl").read_bytes() == before
     assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "done"
 
@@ -200,11 +200,11 @@ def test_another_experiment_in_the_same_run_directory_is_refused_with_a_diff(dat
 def test_the_machine_may_change_between_runs(dataset, tmp_path):
     path = recipe(dataset, tmp_path)
     run(path, tmp_path / "run", stop_at=2)
-    assert run(path, tmp_path / "run", "train.log_every=3 steps", "train.micro_batches=2") == train.DONE
+    assert run(path, tmp_path / "run", "train.log_every=3 steps", "train.micro_batches=2") == stopping.DONE
 
 
 def test_a_dry_run_writes_nothing(dataset, tmp_path, capsys):
-    assert train.main(recipe(dataset, tmp_path), [f"train.run={tmp_path / 'run'}"], dry_run=True) == train.DONE
+    assert train.main(recipe(dataset, tmp_path), [f"train.run={tmp_path / 'run'}"], dry_run=True) == stopping.DONE
     assert not (tmp_path / "run").exists()
     said = capsys.readouterr().err
     assert "1 epoch = 23 images = 3.8 steps; run = 7 steps" in said
@@ -266,7 +266,7 @@ def test_sigterm_to_the_whole_process_group_saves_and_stops_with_75(dataset, tmp
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGTERM)
     process.join(60)
-    assert process.exitcode == train.STOPPED
+    assert process.exitcode == stopping.STOPPED
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["state"] == "stopped"
     assert checkpoint.step_of(checkpoint.newest(tmp_path / "run")) == status["step"] > 3
@@ -287,7 +287,7 @@ def test_a_signal_that_comes_twice_at_once_asks_to_stop_and_a_later_one_acts(num
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     before = signal.signal(number, lambda *_: acted.append(number))
     try:
-        with train.stop_signals() as stop:
+        with stopping.stop_signals() as stop:
             assert not stop(1)
             for moment in (100.0, 100.5):
                 now[0] = moment

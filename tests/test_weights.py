@@ -16,7 +16,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from mim import build, checkpoint, config, layouts, train, weight_files, weights
+from mim import build, checkpoint, config, layouts, stopping, train, weight_files, weights
 from mim.config import ConfigError, to_yaml
 from mim.data.shards import Dataset
 from mim.encoders import beit, vit
@@ -294,7 +294,7 @@ def small(shards, **changes):
 def train_in(folder, name, sections):
     file = folder / f"{name}.yaml"
     file.write_text(to_yaml(sections))
-    assert train.main(str(file), [f"train.run={folder / name}"]) == train.DONE
+    assert train.main(str(file), [f"train.run={folder / name}"]) == stopping.DONE
     return folder / name
 
 
@@ -476,7 +476,7 @@ def test_the_recipe_of_a_continuation_starts_and_says_what_became_of_every_tenso
     encoder = encoder_of()
     torch.save({"model": encoder.vit.state_dict()}, tmp_path / "vit.pth")
     overrides = [f"data.path={shards}", f"encoder.init={tmp_path / 'vit.pth'}", f"train.run={tmp_path / 'run'}"]
-    assert train.main("continue_demo", overrides, dry_run=True) == train.DONE
+    assert train.main("continue_demo", overrides, dry_run=True) == stopping.DONE
     said = capsys.readouterr().err
     assert "positions 4x4 -> " in said
     assert not (tmp_path / "run").exists()
@@ -484,7 +484,7 @@ def test_the_recipe_of_a_continuation_starts_and_says_what_became_of_every_tenso
 
 def test_a_dry_run_from_a_run_of_ours_reports_what_it_would_take(shards, first, tmp_path, capsys):
     overrides = [f"data.path={shards}", f"init.run={first}", f"train.run={tmp_path / 'run'}"]
-    assert train.main("continue_demo", overrides, dry_run=True) == train.DONE
+    assert train.main("continue_demo", overrides, dry_run=True) == stopping.DONE
     assert "weights from" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 

@@ -1,0 +1,99 @@
+"""Evaluations inside the loop: when they are due, on which weights they run, and where their answers go."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mim import checkpoint, config, ranks
+from mim.config import ConfigError
+from mim.contracts import LoadedRun
+from mim.features import protocol
+from mim.job import Config, Job
+from mim.log import RunLog, heard, say
+from mim.schedules import to_steps
+
+
+def intervals(cfg: Config, num_images: int) -> dict[str, int]:
+    """Steps between logs, saves and each evaluation."""
+    durations = {"log": cfg.train.log_every, "save": cfg.train.save_every}
+    for name, section in cfg.evals.items():
+        config.component("mim.evals", eval_section(name, section), f"evals.{name}")
+        durations[name] = section["every"]
+    where = {"log": "train.log_every", "save": "train.save_every"}
+    steps = {}
+    for name, duration in durations.items():
+        key = where.get(name, f"evals.{name}.every")
+        try:
+            num = to_steps(duration, batch_size=cfg.optim.batch_size, num_images=num_images, where=key)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        steps[name] = max(num, 1)
+    return steps
+
+
+def eval_section(name: str, section: Any) -> dict[str, Any]:
+    """The component section of `evals: {NAME: {every: DURATION, option: value}}`."""
+    if not isinstance(section, dict) or "every" not in section:
+        raise ConfigError(f"evals.{name}.every is missing; write e.g. evals.{name}.every='10 epochs'")
+    return {"name": name, **{key: value for key, value in section.items() if key != "every"}}
+
+
+def look(job: Job, name: str, step: int, log: RunLog | None) -> None:
+    """Run one evaluation on all ranks, with averaged weights if there are any; the main rank logs what it yields.
+
+    An evaluation that deals its work out (mim/ranks.py) is shared; any other is computed by every rank alike, which
+    takes no longer than by one. None of them waits for another longer than their shares differ.
+    """
+    main_rank = job.accelerator.is_main_process
+    module, cfg = config.component("mim.evals", eval_section(name, job.cfg.evals[name]), f"evals.{name}")
+    with averaged(job) as objective, heard(main_rank):
+        ranks.share(objective.buffers())
+        loaded = LoadedRun(
+            objective, objective.encoder, job.built.at_hand, job.built.views, job.built.sections, step, job.run
+        )
+        numbers, pictures = record(module.run(loaded, cfg), job.run / "pictures", step, main=main_rank)
+    if name == "codebook":
+        job.card = numbers
+    shown = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items() if "/" not in key)  # not of every class
+    say(f"step {step}/{job.rates.total_steps}  {name}: {shown or ', '.join(pictures.values())}", main=main_rank)
+    job.accelerator.log({f"{name}/{key}": value for key, value in numbers.items()}, step=step)
+    if log is not None:
+        log.write("eval", step, eval=name, protocol=protocol(loaded, cfg), **numbers, **pictures)
+
+
+def record(values: Any, folder: Path, step: int, *, main: bool = True) -> tuple[dict[str, float], dict[str, str]]:
+    """Split what an evaluation yields into numbers and pictures; the main rank writes pictures as PNG."""
+    numbers, pictures = {}, {}
+    for key, value in values:
+        if hasattr(value, "save"):
+            path = folder / f"{key}-{step:08d}.png"
+            if main:
+                folder.mkdir(parents=True, exist_ok=True)
+                value.save(path)
+            pictures[key] = str(path)
+        else:
+            numbers[key] = float(value)
+    return numbers, pictures
+
+
+@contextlib.contextmanager
+def averaged(job: Job) -> Iterator[Any]:
+    """The objective in evaluation mode, with the averaged weights in place while the block runs."""
+    objective = job.objective
+    swapped = checkpoint.averaged_tensors(objective) if job.ema else {}
+    kept = {name: value.clone() for name, value in swapped.items()}
+    for name, value in swapped.items():
+        value.copy_(job.ema[name])
+    job.model.eval()
+    try:
+        with torch.no_grad():
+            yield objective
+    finally:
+        for name, value in swapped.items():
+            value.copy_(kept[name])
+        job.model.train()
