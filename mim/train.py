@@ -107,6 +107,7 @@ def prepare_and_fit(
     name = Path(recipe).stem
     job = Job(cfg, run, built, rates, dataset, sequence, journal, learned, accelerator, model, optimizer, ema, name)
     state: dict[str, Any] = {"step": 0, "look": start.report is not None}
+    optim.allocate(optimizer.optimizer)
     if start.optimizer is not None:
         checkpoint.restore_optimizer(start.optimizer, model, optimizer.optimizer)
     if resumed is not None:
@@ -179,12 +180,10 @@ def fit(job: Job, state: dict[str, Any], saver: Saver, stop: Stop) -> int:
             fingerprint = (fingerprint + batch["fingerprint"]) % stream.FINGERPRINT_MODULUS
             job.journal.add(step, batch["bad"])
 
-        # ---- update; skipped on the device when the gradient is not finite -------------------------------------------
+        # ---- update; skipped when the gradient is not finite ---------------------------------------------------------
         norm = clip(accelerator, model, cfg.optim.clip_grad)
         finite = torch.isfinite(norm)
-        if accelerator.scaler is None:
-            optimizer.optimizer.found_inf = (~finite).float()
-        optimizer.step()
+        optim.update(optimizer, finite, accelerator.scaler)
         optimizer.zero_grad()
         averages.add_step({"grad_norm": torch.where(finite, norm, 0.0), "skipped": ~finite}, world)
         if hasattr(objective, "after_step"):
