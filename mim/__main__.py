@@ -16,6 +16,7 @@ import click
 
 from mim import __version__
 from mim.shard_commands import plugin_option, shards
+from mim.status_command import status
 from mim.token_commands import tokens
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -55,6 +56,7 @@ def demo(images: Path | None, out: Path, seed: int) -> None:
 
 cli.add_command(shards)
 cli.add_command(tokens)
+cli.add_command(status)
 
 
 @cli.command()
@@ -368,14 +370,12 @@ def main() -> None:
     except click.Abort:
         sys.exit(130)
     except Exception as error:
-        from mim.config import ConfigError
-        from mim.contracts import DataError, ExportError, StorageError
+        from mim.status import CODES, exit_code
 
-        codes = {ConfigError: 2, DataError: 65, ExportError: 70, StorageError: 74}
-        code = next((code for kind, code in codes.items() if isinstance(error, kind)), None)
-        if code is None:
+        code = exit_code(error)
+        if not isinstance(error, tuple(CODES)):
             traceback.print_exc()
-            sys.exit(70)
+            sys.exit(code)
         rank = os.environ.get("RANK", "0")
         text = one_sentence(str(error))
         click.echo(f"mim: {'' if rank == '0' else f'rank {rank}: '}{text}", err=True)

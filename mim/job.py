@@ -10,9 +10,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mim import build, optim
+from mim.attendant import Attendant
 from mim.config import ConfigError
 from mim.data import mixture, quarantine, stages
-from mim.log import say, write_json
+from mim.log import say
 
 
 @dataclass
@@ -32,6 +33,9 @@ class Machine:
     trackers: list[str] = field(default_factory=list)  # accelerate's, e.g. [tensorboard]; log.jsonl is always written
     keep_every: str | None = None  # a duration: of the checkpoints between two multiples of it one stays; null: none
     failed_saves: int = 2  # failed saves in a row that training goes on after; one more ends the run
+    time_limit: str | None = None  # "24h" from the start of the command; null: the Slurm job's, if there is one
+    stop_before: str = "5m"  # save and stop so long before the limit ends
+    timeout: str | None = "10m"  # of a step; a run that does not move for so long is ended; null: never
 
     def __post_init__(self) -> None:
         if self.precision == "False":  # what YAML makes of a bare `no`
@@ -85,6 +89,7 @@ class Job:
     model: nn.Module  # the wrapped objective
     optimizer: Any
     ema: dict[str, Tensor]
+    attendant: Attendant
     recipe: str
     card: dict[str, float] = field(default_factory=dict)  # of the tokenizer that is trained, as last evaluated
 
@@ -100,11 +105,10 @@ def num_workers(asked: int | None) -> int:
     return min(stages.allowed_cpus(), 16)
 
 
-def status(job: Job, state: str, step: int, *, reason: str | None = None) -> None:
+def status(job: Job, state: str, step: int, *, reason: str | None = None, code: int | None = None) -> None:
     """Write status.json, which launch scripts read."""
     if job.accelerator.is_main_process:
-        value = {"state": state, "step": step, "of": job.rates.total_steps, "recipe": job.recipe}
         try:
-            write_json(job.run / "status.json", value | ({"reason": reason} if reason else {}))
+            job.attendant.status.write(state, step, reason=reason, code=code)
         except OSError as error:  # what a full disk means for the run is decided where a checkpoint is saved
             say(f"{job.run / 'status.json'} could not be written: {error.strerror}")

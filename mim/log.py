@@ -11,13 +11,15 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
+
+from mim.interruption import between_batches
 
 _heard = True  # whether this process says anything
 
@@ -58,9 +60,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class RunLog:
-    """Append-only JSON lines; opened at a step, it drops the lines that come after it."""
+    """Append-only JSON lines; opened at a step, it drops the lines that come after it.
 
-    def __init__(self, path: Path, step: int) -> None:
+    again: evaluations of that step that are to be repeated; their lines are dropped, too.
+    """
+
+    def __init__(self, path: Path, step: int, *, again: Collection[str] = ()) -> None:
         kept = []
         if path.exists():
             for line in path.read_text().splitlines():
@@ -68,7 +73,8 @@ class RunLog:
                     entry = json.loads(line)
                 except json.JSONDecodeError:
                     break  # the torn last line of a killed run
-                if entry["step"] <= step:
+                repeated = entry["step"] == step and entry.get("eval") in again
+                if entry["step"] <= step and not repeated:
                     kept.append(line)
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text("".join(f"{line}\n" for line in kept))
@@ -197,6 +203,7 @@ class Pace:
 
     def advance(self, count: int) -> None:
         """Count what was done."""
+        between_batches()
         self.done = min(self.done + count, self.total)
         now = time.monotonic()
         if now - self._told < self.EVERY:

@@ -13,6 +13,7 @@ from mim import checkpoint, config, ranks
 from mim.config import ConfigError
 from mim.contracts import LoadedRun
 from mim.features import protocol
+from mim.interruption import Left, leavable
 from mim.job import Config, Job
 from mim.log import RunLog, heard, say
 from mim.schedules import to_steps
@@ -45,20 +46,44 @@ def eval_section(name: str, section: Any) -> dict[str, Any]:
     return {"name": name, **{key: value for key, value in section.items() if key != "every"}}
 
 
+def look_through(job: Job, names: list[str], step: int, log: RunLog | None) -> list[str]:
+    """Run evaluations one after the other. Returns those that are left to do because the run has to stop."""
+    for number, name in enumerate(names):
+        try:
+            look(job, name, step, log)
+        except Left:
+            left = names[number:]
+            say(f"step {step}: {', '.join(left)} at the next start", main=job.accelerator.is_main_process)
+            return left
+    return []
+
+
 def look(job: Job, name: str, step: int, log: RunLog | None) -> None:
     """Run one evaluation on all ranks, with averaged weights if there are any; the main rank logs what it yields.
 
     An evaluation that deals its work out (mim/ranks.py) is shared; any other is computed by every rank alike, which
-    takes no longer than by one. None of them waits for another longer than their shares differ.
+    takes no longer than by one. None of them waits for another longer than their shares differ. Raises Left on all of
+    them when the run has to stop; nothing is logged then.
     """
-    main_rank = job.accelerator.is_main_process
+    main_rank, stopping = job.accelerator.is_main_process, job.attendant.stopping
+    job.attendant.at("evaluation", step)
+
+    def meet() -> None:
+        stopping.meet(step)
+
+    def between() -> None:
+        job.attendant.watchdog.moves()
+        if stopping.now(step):  # leave, together with the others
+            meet()
+
     module, cfg = config.component("mim.evals", eval_section(name, job.cfg.evals[name]), f"evals.{name}")
-    with averaged(job) as objective, heard(main_rank):
+    with averaged(job) as objective, heard(main_rank), leavable(between, meet):
         ranks.share(objective.buffers())
         loaded = LoadedRun(
             objective, objective.encoder, job.built.at_hand, job.built.views, job.built.sections, step, job.run
         )
         numbers, pictures = record(module.run(loaded, cfg), job.run / "pictures", step, main=main_rank)
+    meet()  # from here on it is done, on all ranks
     if name == "codebook":
         job.card = numbers
     shown = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items() if "/" not in key)  # not of every class

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mim.data import stream
+from mim.interruption import before_collective
 
 
 def place() -> tuple[int, int]:
@@ -21,6 +22,7 @@ def place() -> tuple[int, int]:
 
 def wait() -> None:
     """Return when all ranks have come here."""
+    before_collective()
     if dist.is_initialized():
         dist.barrier()
 
@@ -39,6 +41,7 @@ def told_by(rank: int, value: Tensor) -> Tensor:
     """The tensor of one rank on all, on the CPU; the others give one of its shape and type, which may be filled."""
     if not dist.is_initialized():
         return value
+    before_collective()
     sent = value.to(_device())
     dist.broadcast(sent, rank)
     return sent.cpu()
@@ -46,6 +49,8 @@ def told_by(rank: int, value: Tensor) -> Tensor:
 
 def add(value: Tensor, *, group: dist.ProcessGroup | None = None) -> Tensor:
     """Sum of a tensor over all ranks."""
+    if group is None:
+        before_collective()
     if dist.is_initialized():
         dist.all_reduce(value, group=group)
     return value
@@ -62,6 +67,8 @@ def gather(
         return values
     if device is None:
         device = torch.device("cpu") if group is not None else _device()
+    if group is None:  # a thread's own group is not the loop's business
+        before_collective()
     text = torch.frombuffer(bytearray(json.dumps(values).encode()), dtype=torch.uint8).to(device)
     sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
     sizes[dist.get_rank()] = len(text)
@@ -86,17 +93,18 @@ def total_fingerprint(share: int, device: torch.device, main_rank: bool) -> int:
 
 def share(tensors: Iterable[Tensor]) -> None:
     """Give every rank the main rank's floats: the running statistics of a BatchNorm differ by rank."""
+    before_collective()
     if dist.is_initialized():
         for tensor in tensors:
             if tensor.is_floating_point():
                 dist.broadcast(tensor, src=0)
 
 
-def agree(stopping: bool) -> bool:
+def agree(found: bool) -> bool:
     """True on every rank when it is true on one."""
     if not dist.is_initialized():
-        return stopping
-    return bool(add(torch.tensor(int(stopping), device=_device())))
+        return found
+    return bool(add(torch.tensor(int(found), device=_device())))
 
 
 def _device() -> torch.device:

@@ -81,7 +81,8 @@ class Saver:
     ) -> None:
         self.run, self.lease, self.keep, self.keep_every = run, lease, keep, keep_every
         self.failed_saves = failed_saves
-        self.tell: Tell = lambda *_args, **_values: None  # the loop gives its own
+        self.tell: Tell = lambda *_args, **_values: None  # of a failed save; the loop gives its own
+        self.committed: Callable[[int], None] = lambda _step: None  # told when a save is known to be whole
         self.failed = 0  # saves in a row
         self.main = ranks.place()[0] == 0
         self._group: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if dist.is_initialized() else None
@@ -155,6 +156,7 @@ class Saver:
         """What the loop does about an outcome that all ranks know."""
         if current.fault is None:
             self.failed = 0
+            self.committed(current.step)
             return
         if current.fault.kind == "internal":
             raise RuntimeError(f"the checkpoint of step {current.step} could not be written: {current.fault.reason}")

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +22,35 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 import tokenizer as tokenizers
-from mim import __version__, build, checkpoint, config, experiment, frozen_networks, lease, optim, ranks, weights
+from mim import (
+    __version__,
+    build,
+    checkpoint,
+    config,
+    experiment,
+    frozen_networks,
+    lease,
+    optim,
+    ranks,
+    watchdog,
+    weights,
+)
+from mim.attendant import Attendant
+from mim.board import Board
 from mim.contracts import Batch, DataError
 from mim.data import mixture, quarantine, shuffle, stages, stream
 from mim.job import Config, Job, num_workers, status
 from mim.log import Averages, Progress, RunLog, say
-from mim.looking import averaged, intervals, look
+from mim.looking import averaged, intervals, look_through
 from mim.saver import Saver
-from mim.stopping import DONE, STOPPED, Stop, stop_signals
+from mim.status import Status
+from mim.stopping import DONE, STOPPED, Stop, deadline, either, seconds
 
 
 def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop | None = None) -> int:
     """Train a recipe; rerunning the same command resumes it. Returns the exit code: 0 done, 75 stopped and resumable.
 
-    `stop(step)` is asked after optimizer steps; by default it answers yes after SIGTERM or Ctrl-C.
+    `stop(step)` is asked after optimizer steps, on all ranks alike, besides signals and the time limit.
     """
     with contextlib.ExitStack() as at_exit:
         return prepare_and_fit(recipe, overrides, dry_run=dry_run, stop=stop, at_exit=at_exit)
@@ -46,6 +62,8 @@ def prepare_and_fit(
     """Wire everything that a recipe names, then train; what must be given back at the end goes to `at_exit`."""
     # ---- recipe ------------------------------------------------------------------------------------------------------
     cfg = config.typed(Config, config.read(recipe, overrides))
+    patience = None if cfg.train.timeout is None else seconds(cfg.train.timeout, "train.timeout")
+    limit = deadline(cfg.train.time_limit, cfg.train.stop_before, began=time.time())
     run = Path(cfg.train.run or f"runs/{Path(recipe).stem}").expanduser()
 
     # ---- launch ------------------------------------------------------------------------------------------------------
@@ -54,13 +72,17 @@ def prepare_and_fit(
         mixed_precision=cfg.train.precision,
         log_with=cfg.train.trackers or None,
         project_dir=str(run),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            *watchdog.group_options(patience),
+        ],
     )
     main_rank = accelerator.is_main_process
+    board = Board.open()
     held = None if dry_run else at_exit.enter_context(lease.hold(run))
 
     # ---- data and networks -------------------------------------------------------------------------------------------
-    with accelerator.main_process_first():
+    with board.main_first("data"):
         dataset, _ = build.open_data(config.plain(cfg))
     rates = optim.resolve(cfg.optim, len(dataset))
     intervals(cfg, len(dataset))  # a mistake in them is refused here, before anything is written
@@ -77,7 +99,7 @@ def prepare_and_fit(
     # ---- run directory -----------------------------------------------------------------------------------------------
     learned = experiment.identity(built.sections, dataset)
     resumed = experiment.find_resume(run, learned, main_rank)
-    with accelerator.main_process_first():  # one process downloads what encoder.init names
+    with board.main_first("weights"):  # one process downloads what encoder.init names
         start = weights.start(built, cfg.init.run, optimizer=cfg.init.optimizer, resumed=resumed is not None)
     for line in (*start.lines(), *verdict):
         say(line, main=main_rank)
@@ -95,6 +117,9 @@ def prepare_and_fit(
     accelerator.wait_for_everyone()
     if main_rank:
         experiment.open_run(run, recipe, built.sections, learned, start)
+    name = Path(recipe).stem
+    attendant = Attendant(board, Status(run, name, rates.total_steps), patience=patience, deadline=limit)
+    at_exit.enter_context(attendant.attending())
 
     # ---- model and optimizer -----------------------------------------------------------------------------------------
     optimizer = optim.create(built.objective, cfg.optim)
@@ -104,8 +129,9 @@ def prepare_and_fit(
     objective = accelerator.unwrap_model(model)
     moved = checkpoint.averaged_tensors(objective) if cfg.optim.ema is not None else {}
     ema = {name: value.clone() for name, value in moved.items()}
-    name = Path(recipe).stem
-    job = Job(cfg, run, built, rates, dataset, sequence, journal, learned, accelerator, model, optimizer, ema, name)
+    job = Job(
+        cfg, run, built, rates, dataset, sequence, journal, learned, accelerator, model, optimizer, ema, attendant, name
+    )
     state: dict[str, Any] = {"step": 0, "look": start.report is not None}
     optim.allocate(optimizer.optimizer)
     if start.optimizer is not None:
@@ -124,8 +150,7 @@ def prepare_and_fit(
     saver = at_exit.enter_context(
         Saver(run, held, keep=cfg.train.keep, keep_every=keep_every, failed_saves=cfg.train.failed_saves)
     )
-    with stop_signals() as signalled:
-        return fit(job, state, saver, stop or signalled)
+    return fit(job, state, saver, either(stop, attendant.stopping))
 
 
 def fit(job: Job, state: dict[str, Any], saver: Saver, stop: Stop) -> int:
@@ -142,14 +167,20 @@ def fit(job: Job, state: dict[str, Any], saver: Saver, stop: Stop) -> int:
     averages = Averages(state.get("averages") if main_rank else None)
     fingerprint = state.get("fingerprint", 0) if main_rank else 0  # the ranks' shares are added when it is read
     kept = start or -1  # no checkpoint has step 0: its lines are of an earlier attempt
-    log, bad_log = (RunLog(job.run / f"{n}.jsonl", kept) if main_rank else None for n in ("log", "journal"))
+    pending = state.get("looks", [])  # evaluations that a stop left undone
+    log = RunLog(job.run / "log.jsonl", kept, again=pending) if main_rank else None
+    bad_log = RunLog(job.run / "journal.jsonl", kept) if main_rank else None
     progress_line = Progress(start, total, batch_size=batch_size, main=main_rank)
     saver.tell = lambda event, at, **values: tell(job, log, event, at, **values)
+    saver.committed = lambda at: status(job, "running", at)
     waiting = stages.Waiting(num_workers(cfg.train.workers))
     excess: str | None = None
     status(job, "running", start)
-    for name in cfg.evals if state.get("look") else ():  # what the weights are worth before the first step
-        look(job, name, 0, log)
+    if state.get("look"):  # what the weights are worth before the first step
+        pending = list(cfg.evals)
+    look_through(job, [name for name in pending if name in cfg.evals], start, log)
+    if pending and start == total:  # the last ones: from now on they are done
+        save(job, saver, start, fingerprint, averages, wait=True)
     if start == 0 and not state.get("look") and hasattr(objective, "start"):
         objective.start(on_device(job, batch) for batch in loader(job, 0))
         for name, value in checkpoint.averaged_tensors(objective).items() if job.ema else ():
@@ -157,6 +188,9 @@ def fit(job: Job, state: dict[str, Any], saver: Saver, stop: Stop) -> int:
     batches = iter(loader(job, start))
     present = list(checkpoint.averaged_tensors(objective).values())  # training changes them in place
     model.train()
+    at = job.attendant.at
+    job.attendant.stopping.begin(start + 1)
+    pending = []
 
     for step in range(start + 1, total + 1):  # `step` counts committed updates: 1 after the first
         lr, weight_decay = job.rates.at(step - 1)
@@ -165,6 +199,7 @@ def fit(job: Job, state: dict[str, Any], saver: Saver, stop: Stop) -> int:
 
         # ---- gradient of one global batch ----------------------------------------------------------------------------
         for micro in range(cfg.train.micro_batches):
+            at("data", step)
             began = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - began
@@ -174,13 +209,16 @@ def fit(job: Job, state: dict[str, Any], saver: Saver, stop: Stop) -> int:
             batch = on_device(job, batch)
             last = micro == cfg.train.micro_batches - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                at("forward", step)
                 out = model(batch, progress)
+                at("backward", step)
                 accelerator.backward((out["loss"] * batch["weight"]).sum() * (world / batch_size))  # DDP takes the mean
             averages.add(out, batch["weight"])
             fingerprint = (fingerprint + batch["fingerprint"]) % stream.FINGERPRINT_MODULUS
             job.journal.add(step, batch["bad"])
 
         # ---- update; skipped when the gradient is not finite ---------------------------------------------------------
+        at("update", step)
         norm = clip(accelerator, model, cfg.optim.clip_grad)
         finite = torch.isfinite(norm)
         optim.update(optimizer, finite, accelerator.scaler)
@@ -195,12 +233,12 @@ def fit(job: Job, state: dict[str, Any], saver: Saver, stop: Stop) -> int:
             say(line, main=main_rank)
 
         # ---- log, look, save -----------------------------------------------------------------------------------------
+        at("log", step)
         ending = step == total
         logging = ending or step % every["log"] == 0
+        saving = ending or step % every["save"] == 0
         if world == 1 or logging:
             saver.check()
-        stopping = ranks.agree(stop(step)) if world == 1 or logging else False
-        saving = stopping or ending or step % every["save"] == 0
         if logging or saving:
             job.journal.collect(bad_log, lambda found: ranks.gather(found, device))
             excess = job.journal.excess()  # from here on all ranks agree
@@ -213,21 +251,25 @@ def fit(job: Job, state: dict[str, Any], saver: Saver, stop: Stop) -> int:
             accelerator.log(values, step=step)
             if log is not None:
                 log.write("train", step, **values, position=step * batch_size, fingerprint=f"{fingerprint:016x}")
-        for name in cfg.evals:
-            if ending or step % every[name] == 0:
-                look(job, name, step, log)
-        if saving or excess:
+        pending = look_through(job, [name for name in cfg.evals if ending or step % every[name] == 0], step, log)
+        at("decision", step)
+        stopping = stop(step)
+        if stopping and not (logging or saving):
+            job.journal.collect(bad_log, lambda found: ranks.gather(found, device))
+            excess = job.journal.excess()
+        if saving or stopping or excess:
+            at("save", step)
             fingerprint = ranks.total_fingerprint(fingerprint, device, main_rank)
-            save(job, saver, step, fingerprint, averages, wait=bool(stopping or ending or excess))
-        if excess or (stopping and not ending):
+            save(job, saver, step, fingerprint, averages, looks=pending, wait=bool(stopping or ending or excess))
+        if excess or stopping:
             break
 
     progress_line.close()
     if excess:
-        status(job, "failed", step, reason=excess)
         raise DataError(f"{excess}; step {step} is saved, the same command goes on from there")
-    code = DONE if start == total or step == total else STOPPED
-    status(job, "done" if code == DONE else "stopped", total if code == DONE else step)
+    code = DONE if (start == total or step == total) and not pending else STOPPED
+    reason = job.attendant.stopping.reason if code == STOPPED else None
+    status(job, "done" if code == DONE else "stopped", total if code == DONE else step, reason=reason, code=code)
     last_words = f"done: {job.run}" if code == DONE else f"stopped at step {step}; the same command resumes"
     say(last_words, main=main_rank)
     if cfg.train.trackers:
@@ -299,14 +341,27 @@ def clip(accelerator: Accelerator, model: nn.Module, max_norm: float | None) -> 
 # ---- log, look, save -----------------------------------------------------------------------------
 
 
-def save(job: Job, saver: Saver, step: int, fingerprint: int, averages: Averages, *, wait: bool) -> None:
-    """Write a checkpoint (all ranks) in the background, or `wait` for it."""
+def save(
+    job: Job,
+    saver: Saver,
+    step: int,
+    fingerprint: int,
+    averages: Averages,
+    *,
+    looks: Sequence[str] = (),
+    wait: bool,
+) -> None:
+    """Write a checkpoint (all ranks) in the background, or `wait` for it.
+
+    `looks` are evaluations of this step that are left to do.
+    """
     buffers = dict(job.objective.named_buffers())
     ranks.share([*buffers.values(), *(job.ema[name] for name in buffers if name in job.ema)])  # whichever rank writes
     state = {
         "position": step * job.cfg.optim.batch_size,
         "fingerprint": fingerprint,
         "averages": averages.state(ranks.add),
+        "looks": list(looks),
         "bad": job.journal.state(),
         "order": job.sequence.identity(),
         "experiment": config.digest(job.experiment),
@@ -314,7 +369,6 @@ def save(job: Job, saver: Saver, step: int, fingerprint: int, averages: Averages
     }
     tensors = checkpoint.gather_tensors(job.model, job.optimizer.optimizer, job.ema)
     saver.save(step, tensors, state, write_extra=lambda folder: write_tokenizer(job, folder), wait=wait)
-    status(job, "running", step)
 
 
 def tell(job: Job, log: RunLog | None, event: str, step: int, **values: Any) -> None:

@@ -7,7 +7,16 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LEVELS = [
-    {"tokenizer", "mim.patches", "mim.masking", "mim.schedules", "mim.initialization", "mim.code_loss", "mim.logistic"},
+    {
+        "tokenizer",
+        "mim.patches",
+        "mim.masking",
+        "mim.schedules",
+        "mim.initialization",
+        "mim.code_loss",
+        "mim.logistic",
+        "mim.interruption",
+    },
     {"mim.contracts", "mim.config", "mim.log", "mim.backbone", "mim.survey", "mim.batch_norm", "mim.save_stages"},
     {"mim.segmentation_heads"},
     {"mim.data", "mim.encoders", "mim.optim"},
@@ -30,10 +39,13 @@ LEVELS = [
     {"mim.timm_folder"},
     {"mim.inference", "mim.hf_processor"},
     {"mim.evals", "mim.exports", "mim.report"},
-    {"mim.job", "mim.stopping"},
+    {"mim.status", "mim.board"},
+    {"mim.stopping", "mim.watchdog"},
+    {"mim.attendant"},
+    {"mim.job"},
     {"mim.looking"},
     {"mim.train"},
-    {"mim.demo", "mim.plan", "mim.shard_commands", "mim.make_tokens"},
+    {"mim.demo", "mim.plan", "mim.shard_commands", "mim.make_tokens", "mim.status_command"},
     {"mim.token_commands"},
     {"mim.__main__"},
 ]

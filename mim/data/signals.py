@@ -19,7 +19,9 @@ def stay_until_told(_worker: int) -> None:
 
     Ctrl-C in a terminal sends SIGINT to the group; `timeout`, scancel and some launchers send SIGTERM to it.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.set_wakeup_fd(-1)  # the main process's pipe, inherited: it would take the worker's signals for its own
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # in this thread and all that it starts
     threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
 

@@ -33,6 +33,7 @@ from mim.data.quarantine import Bad
 from mim.data.shards import Sample, locate
 from mim.data.signals import stay_until_told
 from mim.data.stages import Clock
+from mim.interruption import between_batches
 from mim.log import say
 
 Shows = list[Tensor] | dict[str, Tensor]  # a view of each size, or crops (V, C, h, w) by their field in the batch
@@ -407,6 +408,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     `range` maps them, `jitter` changes their colours by the seeds `view_noise`; all three are used up. Label maps
     become int64.
     """
+    between_batches()
     moved: Batch = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
     limits, strength, noise = moved.pop("range"), moved.pop("jitter", 0.0), moved.pop("view_noise", None)
     views = {name: _unit(moved[name], limits) for name in {*VIEWS, *CROPS} if name in moved}

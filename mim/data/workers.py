@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -67,6 +68,7 @@ def opened(path: Path) -> tuple[Dataset, list[dict[str, Any]]]:
 
 def _begin(parent: int) -> None:
     torch.set_num_threads(1)
+    signal.set_wakeup_fd(-1)  # a run's, inherited: its signals are not this process's
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
