@@ -30,6 +30,9 @@ class Machine:
     cache_dir: str | None = None  # of shards made from image folders, and of remote ones; null: ~/.cache/mimstream
     cache_limit: float | None = None  # GiB of remote shards kept there; null: until 5 % or 20 GiB of the disk are left
     trackers: list[str] = field(default_factory=list)  # accelerate's, e.g. [tensorboard]; log.jsonl is always written
+    shard: bool = False  # parameters, gradients and optimizer over the processes (FSDP2); accelerate's FSDP sets it too
+    compile: bool = False  # every block with torch.compile; the first step takes minutes
+    activation_checkpointing: bool = False  # blocks run forward again in the backward: less memory, a third more time
 
     def __post_init__(self) -> None:
         if self.precision == "False":  # what YAML makes of a bare `no`
@@ -83,6 +86,7 @@ class Job:
     ema: dict[str, Tensor]
     recipe: str
     card: dict[str, float] = field(default_factory=dict)  # of the tokenizer that is trained, as last evaluated
+    twin: nn.Module | None = None  # of a sharded objective: the plain one that evaluations see
 
     @property
     def objective(self) -> Any:

@@ -1,32 +1,45 @@
 """The one program: wiring, then the one loop. Every recipe runs through it, whatever its objective.
 
-Accelerate does launch, device, mixed precision, wrapping and `backward`; only (model, optimizer) go through `prepare`.
-The loader does not: a prepared loader reads everything on rank 0 or drops (R-1)/R of the data. Accumulation is ours
-too: the loss is divided by the global batch, which makes the gradient independent of ranks and micro-batches.
+Accelerate does launch, device, mixed precision, DDP and `backward` (`mim/launching.py`). It never sees the loader: a
+prepared one reads everything on rank 0 or drops (R-1)/R of the data. Accumulation is ours too: the loss is divided by
+the global batch, which makes the gradient independent of ranks and micro-batches.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 import tokenizer as tokenizers
-from mim import __version__, build, checkpoint, config, experiment, frozen_networks, optim, ranks, weights
+from mim import (
+    __version__,
+    build,
+    checkpoint,
+    config,
+    experiment,
+    frozen_networks,
+    launching,
+    optim,
+    ranks,
+    sharding,
+    weights,
+)
 from mim.contracts import Batch, DataError
 from mim.data import mixture, quarantine, shuffle, stages, stream
 from mim.job import Config, Job, num_workers, status
 from mim.log import Averages, Progress, RunLog, say
-from mim.looking import averaged, intervals, look
+from mim.looking import averaged, intervals, look, whole
 from mim.stopping import DONE, STOPPED, Stop, stop_signals
 
 
@@ -40,13 +53,7 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
     run = Path(cfg.train.run or f"runs/{Path(recipe).stem}").expanduser()
 
     # ---- launch ------------------------------------------------------------------------------------------------------
-    accelerator = Accelerator(
-        cpu=cfg.train.cpu or not torch.accelerator.is_available(),
-        mixed_precision=cfg.train.precision,
-        log_with=cfg.train.trackers or None,
-        project_dir=str(run),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-    )
+    accelerator = launching.launch(cfg.train, run)
     main_rank = accelerator.is_main_process
 
     # ---- data and networks -------------------------------------------------------------------------------------------
@@ -87,8 +94,10 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
         experiment.open_run(run, recipe, built.sections, learned, start)
 
     # ---- model and optimizer -----------------------------------------------------------------------------------------
-    optimizer = optim.create(built.objective, cfg.optim)
-    model, optimizer = accelerator.prepare(built.objective, optimizer)
+    wrapped = launching.wrap(accelerator, built.objective, cfg)
+    model, optimizer = wrapped.model, wrapped.optimizer
+    if wrapped.how:
+        say(wrapped.how, main=main_rank)
     for network in built.at_hand.values():
         network.to(accelerator.device)
     objective = accelerator.unwrap_model(model)
@@ -96,6 +105,7 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
     ema = {name: value.clone() for name, value in moved.items()}
     name = Path(recipe).stem
     job = Job(cfg, run, built, rates, dataset, sequence, journal, learned, accelerator, model, optimizer, ema, name)
+    job.twin = wrapped.twin
     state: dict[str, Any] = {"step": 0, "look": start.report is not None}
     if start.optimizer is not None:
         checkpoint.restore_optimizer(start.optimizer, model, optimizer.optimizer)
@@ -134,11 +144,13 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
     for name in cfg.evals if state.get("look") else ():  # what the weights are worth before the first step
         look(job, name, 0, log)
     if start == 0 and not state.get("look") and hasattr(objective, "start"):
-        objective.start(on_device(job, batch) for batch in loader(job, 0))
+        with whole(job) as plain:
+            plain.start(on_device(job, batch) for batch in loader(job, 0))
         for name, value in checkpoint.averaged_tensors(objective).items() if job.ema else ():
             job.ema[name].copy_(value)
     batches = iter(loader(job, start))
-    present = list(checkpoint.averaged_tensors(objective).values())  # training changes them in place
+    present = sharding.local(checkpoint.averaged_tensors(objective).values())  # training changes them in place
+    average = sharding.local(job.ema.values())
     model.train()
 
     for step in range(start + 1, total + 1):  # `step` counts committed updates: 1 after the first
@@ -156,9 +168,9 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
             seed_draws(cfg.optim.seed, step, accelerator.process_index, micro)
             batch = on_device(job, batch)
             last = micro == cfg.train.micro_batches - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            with contextlib.nullcontext() if last else sharding.adding_up(model):  # the last takes the ranks' mean
                 out = model(batch, progress)
-                accelerator.backward((out["loss"] * batch["weight"]).sum() * (world / batch_size))  # DDP takes the mean
+                accelerator.backward((out["loss"] * batch["weight"]).sum() * (world / batch_size))
             averages.add(out, batch["weight"])
             fingerprint = (fingerprint + batch["fingerprint"]) % stream.FINGERPRINT_MODULUS
             job.journal.add(step, batch["bad"])
@@ -174,7 +186,7 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
         if hasattr(objective, "after_step"):
             objective.after_step(step, progress)
         if cfg.optim.ema is not None:
-            torch._foreach_lerp_(list(job.ema.values()), present, 1 - cfg.optim.ema)
+            torch._foreach_lerp_(average, present, 1 - cfg.optim.ema)
         progress_line.advance()
         for line in waiting.step(time.perf_counter()):
             say(line, main=main_rank)
@@ -273,10 +285,11 @@ def seed_draws(seed: int, step: int, rank: int, micro: int) -> None:
 
 def clip(accelerator: Accelerator, model: nn.Module, max_norm: float | None) -> Tensor:
     """Clip the gradient to a norm, if one is given; return its norm before that (0-d)."""
-    if max_norm is not None:
-        return accelerator.clip_grad_norm_(model.parameters(), max_norm)
     accelerator.unscale_gradients()
-    return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    norm = sharding.gathered(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+    if max_norm is not None:
+        nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
+    return norm
 
 
 # ---- log, look, save -----------------------------------------------------------------------------
@@ -296,18 +309,17 @@ def save(job: Job, step: int, fingerprint: int, averages: Averages) -> None:
         "versions": {"mimstream": __version__, "torch": torch.__version__},
     }
     tensors = checkpoint.gather_tensors(job.model, job.optimizer.optimizer, job.ema)
-    checkpoint.save(
-        job.run, step, tensors, state, keep=job.cfg.train.keep, write_extra=lambda folder: write_tokenizer(job, folder)
-    )
+    checkpoint.save(job.run, step, tensors, state, keep=job.cfg.train.keep, write_extra=tokenizer_writer(job))
     status(job, "running", step)
 
 
-def write_tokenizer(job: Job, folder: Path) -> None:
-    """Add the tokenizer's own files to the checkpoint of a tokenizer run."""
+def tokenizer_writer(job: Job) -> Callable[[Path], None] | None:
+    """What adds the tokenizer's own files to a checkpoint of its run (all ranks); None for any other run."""
+    if getattr(job.objective, "tokenizer", None) is None:
+        return None
     with averaged(job) as objective:
-        if getattr(objective, "tokenizer", None) is None:
-            return
-        section = job.built.sections["tokenizer"]
-        options = {key: value for key, value in section.items() if key != "name"}
+        saved = copy.deepcopy(objective.tokenizer)
         card = job.card or objective.card()  # held-out images, if the recipe evaluates them
-        tokenizers.save(objective.tokenizer, folder, name=section["name"], config=options, card=card)
+    section = job.built.sections["tokenizer"]
+    options = {key: value for key, value in section.items() if key != "name"}
+    return lambda folder: tokenizers.save(saved, folder, name=section["name"], config=options, card=card)
