@@ -34,8 +34,8 @@ def blocks(network: nn.Module) -> dict[str, nn.Module]:
 
 
 def _is_composed(module: nn.Module) -> bool:
-    """Whether a module has at least two parts with parameters, and is more than a list of them."""
-    parts = sum(any(True for _ in child.parameters()) for child in module.children())
+    """Whether a module is more than a list, and at least two parts of it have parameters of their own."""
+    parts = sum(any(True for _ in part.parameters(recurse=False)) for part in module.modules())
     return parts > 1 and not isinstance(module, LISTS)
 
 

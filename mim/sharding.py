@@ -79,7 +79,7 @@ def twin(network: nn.Module) -> nn.Module:
 @torch.no_grad()
 def fill(whole: nn.Module, network: nn.Module, replaced: dict[str, Tensor]) -> None:
     """Gather a sharded network into its twin, with some tensors `replaced` by name. All ranks call it together."""
-    state = get_model_state_dict(network) | replaced
+    state: dict[str, Any] = get_model_state_dict(network) | replaced
     whole.load_state_dict({name: gathered(value).detach().clone() for name, value in state.items()}, assign=True)
     unsaved = dict(network.named_buffers())
     for name, value in whole.named_buffers():
