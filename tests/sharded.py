@@ -15,6 +15,7 @@ from mim import checkpoint, ranks, sharding, train
 
 CASES = [*((name, "vit") for name in OBJECTIVES), *(("simmim", name) for name in ("eva", "beit", "dense"))]
 HALF = torch.tensor(0.5)
+EVALS = ["evals.knn.every=2 steps", "evals.knn.k=3"]
 
 
 def total(network, batches):
@@ -82,7 +83,7 @@ def chain(out, recipe, *stages):
         for stage in stages:
             how, _, step = stage.partition(":")
             options = [f"train.run={out}/run", "train.cpu=true", f"train.shard={str(how == 'fsdp').lower()}"]
-            train.main(recipe, options, stop=lambda now, last=int(step): now == last)
+            train.main(recipe, [*options, *EVALS], stop=lambda now, last=int(step): now == last)
     finally:
         checkpoint.restore = honest
     if ranks.place()[0] == 0:

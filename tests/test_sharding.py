@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from mim import build
+import tokenizer as tokenizers
+from mim import build, checkpoint
 from tests import sharded
+from tests.test_distributed import torchrun
 from tests.test_train import dataset, lines, recipe, run  # noqa: F401  (dataset is a fixture)
 
 ROOT = Path(__file__).parent.parent
@@ -59,8 +61,9 @@ def test_a_twin_that_is_emptied_holds_no_parameters(case):
 
 def test_a_run_goes_from_ddp_to_fsdp_to_one_process_and_back(dataset, tmp_path):  # noqa: F811
     """Bit for bit what was saved at each resume, and then the losses of a run on one process."""
-    path = recipe(dataset, tmp_path, encoder__drop_path_rate=0.0, train__log_every="1 steps")
-    run(path, tmp_path / "one")
+    changes = {"encoder__drop_path_rate": 0.0, "train__log_every": "1 steps", "data__val_path": str(dataset)}
+    path = recipe(dataset, tmp_path, **changes)
+    run(path, tmp_path / "one", *sharded.EVALS)
     on_two("chain", tmp_path, path, "ddp:2", "fsdp:4")
     assert json.loads((tmp_path / "restored.json").read_text()) == [[]]
     of_shards = build.load_run(tmp_path / "run")  # one process reads what two have written
@@ -69,8 +72,23 @@ def test_a_run_goes_from_ddp_to_fsdp_to_one_process_and_back(dataset, tmp_path):
     assert json.loads((tmp_path / "restored.json").read_text()) == [[]]
     on_two("chain", tmp_path, path, "ddp:6", "fsdp:7")
     assert json.loads((tmp_path / "restored.json").read_text()) == [[], []]
-    losses, wanted = ([entry["loss"] for entry in lines(tmp_path / name)] for name in ("run", "one"))
-    assert len(losses) == len(wanted) == 7
-    assert losses == pytest.approx(wanted, abs=1e-5)
-    norms, wanted = ([entry["grad_norm"] for entry in lines(tmp_path / name)] for name in ("run", "one"))
-    assert norms == pytest.approx(wanted, abs=1e-5)
+    logged, wanted = lines(tmp_path / "run"), lines(tmp_path / "one")
+    assert [(entry["event"], entry["step"]) for entry in logged] == [(e["event"], e["step"]) for e in wanted]
+    for name in ("loss", "grad_norm", "knn"):
+        values = [entry[name] for entry in logged if name in entry]
+        assert len(values) == (4 if name == "knn" else 7)
+        assert values == pytest.approx([entry[name] for entry in wanted if name in entry], abs=1e-5), name
+
+
+def test_a_sharded_tokenizer_starts_its_codebook_and_is_written_whole(dataset, tmp_path):  # noqa: F811
+    path = recipe(dataset, tmp_path, "vqkd")
+    run(path, tmp_path / "one")
+    launched = torchrun(path, tmp_path / "two", "train.shard=true", "train.micro_batches=2")
+    assert launched.returncode == 0, launched.stderr
+    assert "sharded over 2 ranks (FSDP2)" in launched.stderr
+    assert [e["loss"] for e in lines(tmp_path / "two")] == pytest.approx(
+        [e["loss"] for e in lines(tmp_path / "one")], abs=1e-5
+    )
+    one, two = (tokenizers.load(checkpoint.newest(tmp_path / name)) for name in ("one", "two"))
+    for name, value in one.state_dict().items():
+        assert two.state_dict()[name].allclose(value, atol=1e-5), name
