@@ -36,6 +36,9 @@ class Machine:
     time_limit: str | None = None  # "24h" from the start of the command; null: the Slurm job's, if there is one
     stop_before: str = "5m"  # save and stop so long before the limit ends
     timeout: str | None = "10m"  # of a step; a run that does not move for so long is ended; null: never
+    shard: bool = False  # parameters, gradients and optimizer over the processes (FSDP2); accelerate's FSDP sets it too
+    compile: bool = False  # every block with torch.compile; the first step takes minutes
+    activation_checkpointing: bool = False  # blocks run forward again in the backward: less memory, a third more time
 
     def __post_init__(self) -> None:
         if self.precision == "False":  # what YAML makes of a bare `no`
@@ -92,6 +95,7 @@ class Job:
     attendant: Attendant
     recipe: str
     card: dict[str, float] = field(default_factory=dict)  # of the tokenizer that is trained, as last evaluated
+    twin: nn.Module | None = None  # of a sharded objective: the plain one that evaluations see
 
     @property
     def objective(self) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mim import checkpoint, config, ranks
+from mim import checkpoint, config, ranks, sharding
 from mim.config import ConfigError
 from mim.contracts import LoadedRun
 from mim.features import protocol
@@ -110,7 +110,15 @@ def record(values: Any, folder: Path, step: int, *, main: bool = True) -> tuple[
 
 @contextlib.contextmanager
 def averaged(job: Job) -> Iterator[Any]:
-    """The objective in evaluation mode, with the averaged weights in place while the block runs."""
+    """The objective in evaluation mode, with the averaged weights in place while the block runs (all ranks)."""
+    if job.twin is not None:
+        sharding.fill(job.twin, job.objective, job.ema)
+        try:
+            with torch.no_grad():
+                yield job.twin.eval()
+        finally:
+            sharding.empty(job.twin)
+        return
     objective = job.objective
     swapped = checkpoint.averaged_tensors(objective) if job.ema else {}
     kept = {name: value.clone() for name, value in swapped.items()}
@@ -124,3 +132,17 @@ def averaged(job: Job) -> Iterator[Any]:
         for name, value in swapped.items():
             value.copy_(kept[name])
         job.model.train()
+
+
+@contextlib.contextmanager
+def whole(job: Job) -> Iterator[Any]:
+    """The objective in training mode, to call any method of it; what the block changes stays (all ranks)."""
+    if job.twin is None:
+        yield job.objective
+        return
+    sharding.fill(job.twin, job.objective, {})
+    try:
+        yield job.twin.train()
+        sharding.put_back(job.objective, job.twin)
+    finally:
+        sharding.empty(job.twin)

@@ -1,24 +1,24 @@
 """The one program: wiring, then the one loop. Every recipe runs through it, whatever its objective.
 
-Accelerate does launch, device, mixed precision, wrapping and `backward`; only (model, optimizer) go through `prepare`.
-The loader does not: a prepared loader reads everything on rank 0 or drops (R-1)/R of the data. Accumulation is ours
-too: the loss is divided by the global batch, which makes the gradient independent of ranks and micro-batches.
+Accelerate does launch, device, mixed precision, DDP and `backward` (`mim/launching.py`). It never sees the loader: a
+prepared one reads everything on rank 0 or drops (R-1)/R of the data. Accumulation is ours too: the loss is divided by
+the global batch, which makes the gradient independent of ranks and micro-batches.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 import tokenizer as tokenizers
@@ -29,10 +29,11 @@ from mim import (
     config,
     experiment,
     frozen_networks,
+    launching,
     lease,
     optim,
     ranks,
-    watchdog,
+    sharding,
     weights,
 )
 from mim.attendant import Attendant
@@ -41,7 +42,7 @@ from mim.contracts import Batch, DataError
 from mim.data import mixture, quarantine, shuffle, stages, stream
 from mim.job import Config, Job, num_workers, status
 from mim.log import Averages, Progress, RunLog, say
-from mim.looking import averaged, intervals, look_through
+from mim.looking import averaged, intervals, look_through, whole
 from mim.saver import Saver
 from mim.status import Status
 from mim.stopping import DONE, STOPPED, Stop, deadline, either, seconds
@@ -67,16 +68,7 @@ def prepare_and_fit(
     run = Path(cfg.train.run or f"runs/{Path(recipe).stem}").expanduser()
 
     # ---- launch ------------------------------------------------------------------------------------------------------
-    accelerator = Accelerator(
-        cpu=cfg.train.cpu or not torch.accelerator.is_available(),
-        mixed_precision=cfg.train.precision,
-        log_with=cfg.train.trackers or None,
-        project_dir=str(run),
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-            *watchdog.group_options(patience),
-        ],
-    )
+    accelerator = launching.launch(cfg.train, run, patience=patience)
     main_rank = accelerator.is_main_process
     board = Board.open()
     held = None if dry_run else at_exit.enter_context(lease.hold(run))
@@ -122,8 +114,10 @@ def prepare_and_fit(
     at_exit.enter_context(attendant.attending())
 
     # ---- model and optimizer -----------------------------------------------------------------------------------------
-    optimizer = optim.create(built.objective, cfg.optim)
-    model, optimizer = accelerator.prepare(built.objective, optimizer)
+    wrapped = launching.wrap(accelerator, built.objective, cfg)
+    model, optimizer = wrapped.model, wrapped.optimizer
+    if wrapped.how:
+        say(wrapped.how, main=main_rank)
     for network in built.at_hand.values():
         network.to(accelerator.device)
     objective = accelerator.unwrap_model(model)
@@ -132,6 +126,7 @@ def prepare_and_fit(
     job = Job(
         cfg, run, built, rates, dataset, sequence, journal, learned, accelerator, model, optimizer, ema, attendant, name
     )
+    job.twin = wrapped.twin
     state: dict[str, Any] = {"step": 0, "look": start.report is not None}
     optim.allocate(optimizer.optimizer)
     if start.optimizer is not None:
@@ -182,11 +177,13 @@ def fit(job: Job, state: dict[str, Any], saver: Saver, stop: Stop) -> int:
     if pending and start == total:  # the last ones: from now on they are done
         save(job, saver, start, fingerprint, averages, wait=True)
     if start == 0 and not state.get("look") and hasattr(objective, "start"):
-        objective.start(on_device(job, batch) for batch in loader(job, 0))
+        with whole(job) as plain:
+            plain.start(on_device(job, batch) for batch in loader(job, 0))
         for name, value in checkpoint.averaged_tensors(objective).items() if job.ema else ():
             job.ema[name].copy_(value)
     batches = iter(loader(job, start))
-    present = list(checkpoint.averaged_tensors(objective).values())  # training changes them in place
+    present = sharding.local(checkpoint.averaged_tensors(objective).values())  # training changes them in place
+    average = sharding.local(job.ema.values())
     model.train()
     at = job.attendant.at
     job.attendant.stopping.begin(start + 1)
@@ -208,11 +205,11 @@ def fit(job: Job, state: dict[str, Any], saver: Saver, stop: Stop) -> int:
             seed_draws(cfg.optim.seed, step, accelerator.process_index, micro)
             batch = on_device(job, batch)
             last = micro == cfg.train.micro_batches - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            with contextlib.nullcontext() if last else sharding.adding_up(model):  # the last takes the ranks' mean
                 at("forward", step)
                 out = model(batch, progress)
                 at("backward", step)
-                accelerator.backward((out["loss"] * batch["weight"]).sum() * (world / batch_size))  # DDP takes the mean
+                accelerator.backward((out["loss"] * batch["weight"]).sum() * (world / batch_size))
             averages.add(out, batch["weight"])
             fingerprint = (fingerprint + batch["fingerprint"]) % stream.FINGERPRINT_MODULUS
             job.journal.add(step, batch["bad"])
@@ -227,7 +224,7 @@ def fit(job: Job, state: dict[str, Any], saver: Saver, stop: Stop) -> int:
         if hasattr(objective, "after_step"):
             objective.after_step(step, progress)
         if cfg.optim.ema is not None:
-            torch._foreach_lerp_(list(job.ema.values()), present, 1 - cfg.optim.ema)
+            torch._foreach_lerp_(average, present, 1 - cfg.optim.ema)
         progress_line.advance()
         for line in waiting.step(time.perf_counter()):
             say(line, main=main_rank)
@@ -332,10 +329,11 @@ def seed_draws(seed: int, step: int, rank: int, micro: int) -> None:
 
 def clip(accelerator: Accelerator, model: nn.Module, max_norm: float | None) -> Tensor:
     """Clip the gradient to a norm, if one is given; return its norm before that (0-d)."""
-    if max_norm is not None:
-        return accelerator.clip_grad_norm_(model.parameters(), max_norm)
     accelerator.unscale_gradients()
-    return nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    norm = sharding.gathered(nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+    if max_norm is not None:
+        nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
+    return norm
 
 
 # ---- log, look, save -----------------------------------------------------------------------------
@@ -368,7 +366,7 @@ def save(
         "versions": {"mimstream": __version__, "torch": torch.__version__},
     }
     tensors = checkpoint.gather_tensors(job.model, job.optimizer.optimizer, job.ema)
-    saver.save(step, tensors, state, write_extra=lambda folder: write_tokenizer(job, folder), wait=wait)
+    saver.save(step, tensors, state, write_extra=tokenizer_writer(job), wait=wait)
 
 
 def tell(job: Job, log: RunLog | None, event: str, step: int, **values: Any) -> None:
@@ -378,12 +376,13 @@ def tell(job: Job, log: RunLog | None, event: str, step: int, **values: Any) -> 
     status(job, "failed" if values["stops"] else "running", step, reason=values["reason"])
 
 
-def write_tokenizer(job: Job, folder: Path) -> None:
-    """Add the tokenizer's own files to the checkpoint of a tokenizer run."""
+def tokenizer_writer(job: Job) -> Callable[[Path], None] | None:
+    """What adds the tokenizer's own files to a checkpoint of its run (all ranks); None for any other run."""
+    if getattr(job.objective, "tokenizer", None) is None:
+        return None
     with averaged(job) as objective:
-        if getattr(objective, "tokenizer", None) is None:
-            return
-        section = job.built.sections["tokenizer"]
-        options = {key: value for key, value in section.items() if key != "name"}
+        saved = copy.deepcopy(objective.tokenizer)
         card = job.card or objective.card()  # held-out images, if the recipe evaluates them
-        tokenizers.save(objective.tokenizer, folder, name=section["name"], config=options, card=card)
+    section = job.built.sections["tokenizer"]
+    options = {key: value for key, value in section.items() if key != "name"}
+    return lambda folder: tokenizers.save(saved, folder, name=section["name"], config=options, card=card)
