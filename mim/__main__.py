@@ -369,9 +369,9 @@ def main() -> None:
         sys.exit(130)
     except Exception as error:
         from mim.config import ConfigError
-        from mim.contracts import DataError, ExportError, StorageError
+        from mim.contracts import DataError, ExportError, NumericsError, StorageError
 
-        codes = {ConfigError: 2, DataError: 65, ExportError: 70, StorageError: 74}
+        codes = {ConfigError: 2, DataError: 65, ExportError: 70, NumericsError: 70, StorageError: 74}
         code = next((code for kind, code in codes.items() if isinstance(error, kind)), None)
         if code is None:
             traceback.print_exc()

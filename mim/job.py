@@ -9,15 +9,16 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from mim import build, optim
+from mim import build, guard, optim
 from mim.config import ConfigError
 from mim.data import mixture, quarantine, stages
+from mim.interventions import position_at
 from mim.log import write_json
 
 
 @dataclass
 class Machine:
-    """Section `train`: how a run is executed. Nothing here changes what is learned, beyond rounding."""
+    """Section `train`: how a run is executed. Nothing here changes what is learned, beyond rounding and rollbacks."""
 
     run: str | None = None  # run directory; null: runs/<recipe name>
     precision: str = "no"  # no (float32) | bf16 | fp16
@@ -30,6 +31,7 @@ class Machine:
     cache_dir: str | None = None  # of shards made from image folders, and of remote ones; null: ~/.cache/mimstream
     cache_limit: float | None = None  # GiB of remote shards kept there; null: until 5 % or 20 GiB of the disk are left
     trackers: list[str] = field(default_factory=list)  # accelerate's, e.g. [tensorboard]; log.jsonl is always written
+    guard: guard.Config = field(default_factory=guard.Config)  # when to return to the last good checkpoint
 
     def __post_init__(self) -> None:
         if self.precision == "False":  # what YAML makes of a bare `no`
@@ -87,6 +89,10 @@ class Job:
     @property
     def objective(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
+
+    def position(self, step: int) -> int:
+        """Positions of the stream that are behind the run after a step; nothing else turns steps into positions."""
+        return position_at(step, self.cfg.optim.batch_size, self.rates.interventions)
 
 
 def num_workers(asked: int | None) -> int:

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,25 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 import tokenizer as tokenizers
-from mim import __version__, build, checkpoint, config, experiment, frozen_networks, optim, ranks, weights
+from mim import (
+    __version__,
+    build,
+    checkpoint,
+    config,
+    experiment,
+    frozen_networks,
+    interventions,
+    optim,
+    ranks,
+    weights,
+)
 from mim.contracts import Batch, DataError
 from mim.data import mixture, quarantine, shuffle, stages, stream
+from mim.guard import Guard, Held, average
 from mim.job import Config, Job, num_workers, status
 from mim.log import Averages, Progress, RunLog, say
 from mim.looking import averaged, intervals, look
+from mim.rollback import roll_back
 from mim.stopping import DONE, STOPPED, Stop, stop_signals
 
 
@@ -116,7 +130,9 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
 def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
     """Train from a saved state to the end, or until a stop is asked for. Returns the exit code.
 
-    Raises DataError above the budget of bad samples, after the step is saved: a larger budget goes on from there.
+    When the guard finds the training gone wrong it goes on from an earlier checkpoint, by calling itself.
+    Raises DataError above the budget of bad samples, after the step is saved: a larger budget goes on from there; and
+    NumericsError when no return to a checkpoint helps.
     """
     cfg, accelerator, model, optimizer = job.cfg, job.accelerator, job.model, job.optimizer
     device, world, main_rank = accelerator.device, accelerator.num_processes, accelerator.is_main_process
@@ -126,7 +142,15 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
     averages = Averages(state.get("averages") if main_rank else None)
     fingerprint = state.get("fingerprint", 0) if main_rank else 0  # the ranks' shares are added when it is read
     kept = start or -1  # no checkpoint has step 0: its lines are of an earlier attempt
-    log, bad_log = (RunLog(job.run / f"{n}.jsonl", kept) if main_rank else None for n in ("log", "journal"))
+    job.rates = replace(job.rates, interventions=interventions.read(state.get("interventions", ())))
+    rollbacks = len(job.rates.interventions)
+    log, bad_log = (
+        RunLog(job.run / f"{name}.jsonl", kept, rollbacks=rollbacks) if main_rank else None
+        for name in ("log", "journal")
+    )
+    guard = Guard(cfg.train.guard, quiet_until=job.rates.warmup_steps, scaled=accelerator.scaler is not None)
+    guard.restore(state.get("guard", {}))
+    incident = None
     progress_line = Progress(start, total, batch_size=batch_size, main=main_rank)
     waiting = stages.Waiting(num_workers(cfg.train.workers))
     excess: str | None = None
@@ -139,12 +163,14 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
             job.ema[name].copy_(value)
     batches = iter(loader(job, start))
     present = list(checkpoint.averaged_tensors(objective).values())  # training changes them in place
+    held = Held(objective)
     model.train()
 
     for step in range(start + 1, total + 1):  # `step` counts committed updates: 1 after the first
         lr, weight_decay = job.rates.at(step - 1)
         optim.set_rates(optimizer, lr, weight_decay, job.rates.encoder_scale(step - 1))
         progress = torch.tensor((step - 1) / total, device=device)
+        held.hold()
 
         # ---- gradient of one global batch ----------------------------------------------------------------------------
         for micro in range(cfg.train.micro_batches):
@@ -160,6 +186,7 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
                 out = model(batch, progress)
                 accelerator.backward((out["loss"] * batch["weight"]).sum() * (world / batch_size))  # DDP takes the mean
             averages.add(out, batch["weight"])
+            guard.see(step, batch["keys"])
             fingerprint = (fingerprint + batch["fingerprint"]) % stream.FINGERPRINT_MODULUS
             job.journal.add(step, batch["bad"])
 
@@ -170,11 +197,13 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
             optimizer.optimizer.found_inf = (~finite).float()
         optimizer.step()
         optimizer.zero_grad()
-        averages.add_step({"grad_norm": torch.where(finite, norm, 0.0), "skipped": ~finite}, world)
+        averages.add_step({"grad_norm": torch.where(finite, norm, 0.0), "skipped": ~finite}, world, finite=finite)
+        guard.close(finite, norm)
         if hasattr(objective, "after_step"):
             objective.after_step(step, progress)
+        held.put_back(finite)
         if cfg.optim.ema is not None:
-            torch._foreach_lerp_(list(job.ema.values()), present, 1 - cfg.optim.ema)
+            average(job.ema.values(), present, 1 - cfg.optim.ema, finite=finite)
         progress_line.advance()
         for line in waiting.step(time.perf_counter()):
             say(line, main=main_rank)
@@ -189,23 +218,35 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
             excess = job.journal.excess()  # from here on all ranks agree
         if logging:
             values: dict[str, Any] = averages.read(ranks.add)
-            values |= {"lr": lr, "weight_decay": weight_decay, "epoch": step * batch_size / len(job.dataset)}
+            loss, position = values.get("loss"), job.position(step)
+            values |= {"lr": lr, "weight_decay": weight_decay, "epoch": position / len(job.dataset)}
             values |= {"num_bad": len(job.journal.bad), **progress_line.rates(step)}
             fingerprint = ranks.total_fingerprint(fingerprint, device, main_rank)
             progress_line.show(step, values)
             accelerator.log(values, step=step)
+            skipped = guard.skipped()
             if log is not None:
-                log.write("train", step, **values, position=step * batch_size, fingerprint=f"{fingerprint:016x}")
+                for number in skipped:
+                    log.write("skipped", number)
+                log.write("train", step, **values, position=position, fingerprint=f"{fingerprint:016x}")
+            incident = guard.judge(step, loss)
+            if incident is not None:
+                break
         for name in cfg.evals:
             if ending or step % every[name] == 0:
                 look(job, name, step, log)
         if saving or excess:
             fingerprint = ranks.total_fingerprint(fingerprint, device, main_rank)
-            save(job, step, fingerprint, averages)
+            save(job, step, fingerprint, averages, guard)
         if excess or (stopping and not ending):
             break
 
     progress_line.close()
+    if incident is not None:
+        del batches  # its workers end
+        for file in filter(None, (log, bad_log)):
+            file.close()
+        return fit(job, roll_back(job, guard, incident, batch), stop)
     if excess:
         status(job, "failed", step, reason=excess)
         raise DataError(f"{excess}; step {step} is saved, the same command goes on from there")
@@ -236,7 +277,7 @@ def loader(job: Job, start: int) -> Any:
         rank=accelerator.process_index,
         world=accelerator.num_processes,
         micro_batches=cfg.train.micro_batches,
-        position=start * cfg.optim.batch_size,
+        position=job.position(start),
         num_steps=job.rates.total_steps - start,
         known=job.journal.bad,
         views=built.views.data.views,
@@ -282,12 +323,14 @@ def clip(accelerator: Accelerator, model: nn.Module, max_norm: float | None) -> 
 # ---- log, look, save -----------------------------------------------------------------------------
 
 
-def save(job: Job, step: int, fingerprint: int, averages: Averages) -> None:
+def save(job: Job, step: int, fingerprint: int, averages: Averages, guard: Guard) -> None:
     """Write a checkpoint (all ranks)."""
     buffers = dict(job.objective.named_buffers())
     ranks.share([*buffers.values(), *(job.ema[name] for name in buffers if name in job.ema)])  # whichever rank writes
     state = {
-        "position": step * job.cfg.optim.batch_size,
+        "position": job.position(step),
+        "interventions": [one._asdict() for one in job.rates.interventions],
+        "guard": guard.state(),
         "fingerprint": fingerprint,
         "averages": averages.state(ranks.add),
         "bad": job.journal.state(),

@@ -7,12 +7,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LEVELS = [
-    {"tokenizer", "mim.patches", "mim.masking", "mim.schedules", "mim.initialization", "mim.code_loss", "mim.logistic"},
+    {"tokenizer", "mim.patches", "mim.masking", "mim.schedules", "mim.initialization", "mim.code_loss", "mim.logistic"}
+    | {"mim.interventions"},
     {"mim.contracts", "mim.config", "mim.log", "mim.backbone", "mim.survey", "mim.batch_norm"},
     {"mim.segmentation_heads"},
     {"mim.data", "mim.encoders", "mim.optim"},
     {"mim.objectives", "mim.ranks"},
-    {"mim.checkpoint"},
+    {"mim.checkpoint", "mim.guard"},
     {"mim.layouts", "mim.resample", "mim.frozen_networks"},
     {"mim.weight_files", "mim.hf_layouts"},
     {"mim.weights", "mim.classifying_teacher", "mim.hf_head"},
@@ -28,7 +29,7 @@ LEVELS = [
     {"mim.inference", "mim.hf_processor"},
     {"mim.evals", "mim.exports", "mim.report"},
     {"mim.job", "mim.stopping"},
-    {"mim.looking"},
+    {"mim.looking", "mim.rollback"},
     {"mim.train"},
     {"mim.demo", "mim.plan", "mim.shard_commands", "mim.make_tokens"},
     {"mim.token_commands"},
