@@ -52,6 +52,10 @@ class StorageError(OSError):
     """A disk that is full or refuses to write. Exit code 74."""
 
 
+class NumericsError(RuntimeError):
+    """A training that goes wrong again after every rollback, or before there is anything to return to. Exit code 70."""
+
+
 class ExportError(RuntimeError):
     """An export that is not what the run is: a feature differs, a tensor is unused or missing. Exit code 70."""
 
@@ -125,7 +129,8 @@ class Objective(Protocol):
     # optional: prepare(batch) -> Batch, of a training batch on the device, before frozen networks see it: erases or
     # mixes images, changes weights; draws from the default generators, which the loop seeds before each micro-batch
     # optional: logits(batch) -> (B, classes), of an objective that classifies
-    # optional: after_step(step: int, progress: Tensor) -> None, once per optimizer step (codebooks, moving teachers)
+    # optional: after_step(step: int, progress: Tensor) -> None, once per optimizer step (codebooks, moving teachers); a
+    # skipped step gets its saved buffers back afterwards, so what it moves, and what forward moves, is a saved buffer
 
 
 @dataclass

@@ -9,16 +9,17 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from mim import build, optim
+from mim import build, guard, optim
 from mim.attendant import Attendant
 from mim.config import ConfigError
 from mim.data import mixture, quarantine, stages
+from mim.interventions import position_at
 from mim.log import say
 
 
 @dataclass
 class Machine:
-    """Section `train`: how a run is executed. Nothing here changes what is learned, beyond rounding."""
+    """Section `train`: how a run is executed. Nothing here changes what is learned, beyond rounding and rollbacks."""
 
     run: str | None = None  # run directory; null: runs/<recipe name>
     precision: str = "no"  # no (float32) | bf16 | fp16
@@ -39,6 +40,7 @@ class Machine:
     shard: bool = False  # parameters, gradients and optimizer over the processes (FSDP2); accelerate's FSDP sets it too
     compile: bool = False  # every block with torch.compile; the first step takes minutes
     activation_checkpointing: bool = False  # blocks run forward again in the backward: less memory, a third more time
+    guard: guard.Config = field(default_factory=guard.Config)  # when to return to the last good checkpoint
 
     def __post_init__(self) -> None:
         if self.precision == "False":  # what YAML makes of a bare `no`
@@ -100,6 +102,10 @@ class Job:
     @property
     def objective(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
+
+    def position(self, step: int) -> int:
+        """Positions of the stream that are behind the run after a step; nothing else turns steps into positions."""
+        return position_at(step, self.cfg.optim.batch_size, self.rates.interventions)
 
 
 def num_workers(asked: int | None) -> int:

@@ -44,8 +44,8 @@ class Wrapped:
 def launch(machine: Machine, run: Path, *, patience: float | None) -> Accelerator:
     """Find this process's place among the others, and its device and precision.
 
-    `patience` are the watchdog's seconds, which collectives wait longer than; None: torch's own limits. Raises ConfigError
-    where the launcher was told something that would not happen.
+    `patience` are the watchdog's seconds, which collectives wait longer than; None: torch's own limits.
+    Raises ConfigError where the launcher was told something that would not happen.
     """
     check_environment(machine)
     cpu = machine.cpu or not torch.accelerator.is_available()

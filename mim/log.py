@@ -63,9 +63,12 @@ class RunLog:
     """Append-only JSON lines; opened at a step, it drops the lines that come after it.
 
     again: evaluations of that step that are to be repeated; their lines are dropped, too.
+
+    Lines of a rollback (its number is `rollback`) lie at the step that it returned to: those beyond the `rollbacks`
+    that the state of that step knows are of an attempt that ended before it saved anything, and dropped too.
     """
 
-    def __init__(self, path: Path, step: int, *, again: Collection[str] = ()) -> None:
+    def __init__(self, path: Path, step: int, *, again: Collection[str] = (), rollbacks: int = 0) -> None:
         kept = []
         if path.exists():
             for line in path.read_text().splitlines():
@@ -74,7 +77,7 @@ class RunLog:
                 except json.JSONDecodeError:
                     break  # the torn last line of a killed run
                 repeated = entry["step"] == step and entry.get("eval") in again
-                if entry["step"] <= step and not repeated:
+                if entry["step"] <= step and not repeated and entry.get("rollback", 0) <= rollbacks:
                     kept.append(line)
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text("".join(f"{line}\n" for line in kept))
@@ -108,6 +111,7 @@ class Averages:
     def __init__(self, state: dict[str, float] | None = None) -> None:
         self._saved = dict(state or {})  # sums of the open interval before a resume, kept on one rank
         self._sums: dict[str, Tensor] = {}
+        self._open: dict[str, Tensor] = {}  # sums of the micro-batches of a step that has not ended
         self._last: dict[str, Tensor] = {}
 
     def add(self, values: dict[str, Tensor], weight: Tensor) -> None:
@@ -116,11 +120,17 @@ class Averages:
             if value.ndim == 0:
                 self._last[name] = value.detach()
             else:
-                self._count(name, (value.detach().double() * weight).sum())
-        self._count("images", weight.double().sum())
+                self._add_to(self._open, name, (value.detach().double() * weight).sum())
+        self._add_to(self._open, "images", weight.double().sum())
 
-    def add_step(self, values: dict[str, Tensor], ranks: int) -> None:
-        """Add 0-d values of an optimizer step, which every rank knows."""
+    def add_step(self, values: dict[str, Tensor], ranks: int, *, finite: Tensor | None = None) -> None:
+        """End an optimizer step, of whose 0-d values every rank knows.
+
+        The micro-batches of a step that was not `finite` (0-d bool) and so was skipped are left out of the means.
+        """
+        for name, value in self._open.items():
+            self._count(name, value if finite is None else torch.where(finite, value, 0.0))
+        self._open = {}
         for name, value in values.items():
             self._count(f"step/{name}", value.double() / ranks)
         self._count("step/count", torch.tensor(1.0 / ranks, dtype=torch.float64, device=value.device))
@@ -134,16 +144,25 @@ class Averages:
         return {**self._saved, **dict(zip(names, sums, strict=True))}
 
     def read(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Means per image, and per step for what `add_step` added; starts a new interval."""
+        """Means per image, and per step for what `add_step` added; starts a new interval.
+
+        There are none per image when every step of the interval was skipped.
+        """
         sums = self.state(reduce)
         images, steps = sums.pop("images") or 1.0, sums.pop("step/count")  # an interval may lack labelled images
+        if sums.get("step/skipped") == steps:
+            sums = {name: value for name, value in sums.items() if name.startswith("step/")}
         means = {k.removeprefix("step/"): v / (steps if k.startswith("step/") else images) for k, v in sums.items()}
         means |= {name: value.item() for name, value in self._last.items()}
         self._saved, self._sums, self._last = {}, {}, {}
         return dict(sorted(means.items(), key=lambda item: item[0] != "loss"))  # the loss first
 
     def _count(self, name: str, value: Tensor) -> None:
-        self._sums[name] = self._sums[name] + value if name in self._sums else value + self._saved.pop(name, 0.0)
+        self._add_to(self._sums, name, value if name in self._sums else value + self._saved.pop(name, 0.0))
+
+    @staticmethod
+    def _add_to(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+        sums[name] = sums[name] + value if name in sums else value
 
 
 class Progress:

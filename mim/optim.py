@@ -30,6 +30,7 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from mim.config import ConfigError
+from mim.interventions import Interventions, rate_factor_at
 from mim.schedules import SHAPES, multistep, to_steps, warmup_then
 
 NOT_NEGATIVE = ("lr", "base_lr", "min_lr", "warmup_lr", "eps", "weight_decay", "weight_decay_end", "clip_grad")
@@ -77,7 +78,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Rates:
-    """The resolved schedule of a run in optimizer steps: rates are pure functions of the step."""
+    """The resolved schedule of a run in optimizer steps: rates are pure functions of the step and interventions."""
 
     cfg: Config
     lr: float
@@ -85,6 +86,7 @@ class Rates:
     warmup_steps: int
     milestones: tuple[int, ...] = ()
     freeze_steps: int = 0
+    interventions: Interventions = ()  # of rollbacks so far
 
     def encoder_scale(self, step: int) -> float:
         """Factor of the encoder's learning rate: 0 while it is frozen, then 1."""
@@ -103,6 +105,7 @@ class Rates:
             steps=self.total_steps,
         )
         lr = multistep(step, start=lr, factor=cfg.gamma, milestones=self.milestones)
+        lr *= rate_factor_at(step, self.interventions)
         if cfg.weight_decay_end is None:
             return lr, cfg.weight_decay
         last = max(self.total_steps - 1, 0)

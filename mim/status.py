@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from mim.config import ConfigError
-from mim.contracts import DataError, ExportError, StorageError
+from mim.contracts import DataError, ExportError, NumericsError, StorageError
 from mim.log import write_json
 
 DONE, STOPPED, INTERNAL = 0, 75, 70  # exit codes; those of errors are below
-CODES = {ConfigError: 2, DataError: 65, ExportError: INTERNAL, StorageError: 74}
+CODES = {ConfigError: 2, DataError: 65, ExportError: INTERNAL, NumericsError: INTERNAL, StorageError: 74}
 STATES = ("running", "done", "stopped", "failed")
 
 

@@ -12,7 +12,8 @@ import copy
 import hashlib
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from mim import (
     config,
     experiment,
     frozen_networks,
+    interventions,
     launching,
     lease,
     optim,
@@ -40,9 +42,11 @@ from mim.attendant import Attendant
 from mim.board import Board
 from mim.contracts import Batch, DataError
 from mim.data import mixture, quarantine, shuffle, stages, stream
+from mim.guard import Guard, Held, average
 from mim.job import Config, Job, num_workers, status
 from mim.log import Averages, Progress, RunLog, say
 from mim.looking import averaged, intervals, look_through, whole
+from mim.rollback import roll_back
 from mim.saver import Saver
 from mim.status import Status
 from mim.stopping import DONE, STOPPED, Stop, deadline, either, seconds
@@ -151,8 +155,10 @@ def prepare_and_fit(
 def fit(job: Job, state: dict[str, Any], saver: Saver, stop: Stop) -> int:
     """Train from a saved state to the end, or until a stop is asked for. Returns the exit code.
 
+    When the guard finds the training gone wrong it goes on from an earlier checkpoint, by calling itself.
     Raises DataError above the budget of bad samples, after the step is saved: a larger budget goes on from there;
-    StorageError on all ranks when checkpoints cannot be written (mim/saver.py).
+    StorageError on all ranks when checkpoints cannot be written (mim/saver.py); and NumericsError when no return to a
+    checkpoint helps.
     """
     cfg, accelerator, model, optimizer = job.cfg, job.accelerator, job.model, job.optimizer
     device, world, main_rank = accelerator.device, accelerator.num_processes, accelerator.is_main_process
@@ -163,8 +169,15 @@ def fit(job: Job, state: dict[str, Any], saver: Saver, stop: Stop) -> int:
     fingerprint = state.get("fingerprint", 0) if main_rank else 0  # the ranks' shares are added when it is read
     kept = start or -1  # no checkpoint has step 0: its lines are of an earlier attempt
     pending = state.get("looks", [])  # evaluations that a stop left undone
-    log = RunLog(job.run / "log.jsonl", kept, again=pending) if main_rank else None
-    bad_log = RunLog(job.run / "journal.jsonl", kept) if main_rank else None
+    job.rates = replace(job.rates, interventions=interventions.read(state.get("interventions", ())))
+    rollbacks = len(job.rates.interventions)
+    log, bad_log = (
+        RunLog(job.run / f"{name}.jsonl", kept, again=pending, rollbacks=rollbacks) if main_rank else None
+        for name in ("log", "journal")
+    )
+    guard = Guard(cfg.train.guard, quiet_until=job.rates.warmup_steps, scaled=accelerator.scaler is not None)
+    guard.restore(state.get("guard", {}))
+    incident = None
     progress_line = Progress(start, total, batch_size=batch_size, main=main_rank)
     saver.tell = lambda event, at, **values: tell(job, log, event, at, **values)
     saver.committed = lambda at: status(job, "running", at)
@@ -175,7 +188,7 @@ def fit(job: Job, state: dict[str, Any], saver: Saver, stop: Stop) -> int:
         pending = list(cfg.evals)
     look_through(job, [name for name in pending if name in cfg.evals], start, log)
     if pending and start == total:  # the last ones: from now on they are done
-        save(job, saver, start, fingerprint, averages, wait=True)
+        save(job, saver, start, {**state, "looks": []}, wait=True)
     if start == 0 and not state.get("look") and hasattr(objective, "start"):
         with whole(job) as plain:
             plain.start(on_device(job, batch) for batch in loader(job, 0))
@@ -183,7 +196,8 @@ def fit(job: Job, state: dict[str, Any], saver: Saver, stop: Stop) -> int:
             job.ema[name].copy_(value)
     batches = iter(loader(job, start))
     present = sharding.local(checkpoint.averaged_tensors(objective).values())  # training changes them in place
-    average = sharding.local(job.ema.values())
+    means = sharding.local(job.ema.values())
+    held = Held(objective)
     model.train()
     at = job.attendant.at
     job.attendant.stopping.begin(start + 1)
@@ -193,6 +207,7 @@ def fit(job: Job, state: dict[str, Any], saver: Saver, stop: Stop) -> int:
         lr, weight_decay = job.rates.at(step - 1)
         optim.set_rates(optimizer, lr, weight_decay, job.rates.encoder_scale(step - 1))
         progress = torch.tensor((step - 1) / total, device=device)
+        held.hold()
 
         # ---- gradient of one global batch ----------------------------------------------------------------------------
         for micro in range(cfg.train.micro_batches):
@@ -211,6 +226,7 @@ def fit(job: Job, state: dict[str, Any], saver: Saver, stop: Stop) -> int:
                 at("backward", step)
                 accelerator.backward((out["loss"] * batch["weight"]).sum() * (world / batch_size))
             averages.add(out, batch["weight"])
+            guard.see(step, batch["keys"])
             fingerprint = (fingerprint + batch["fingerprint"]) % stream.FINGERPRINT_MODULUS
             job.journal.add(step, batch["bad"])
 
@@ -220,11 +236,13 @@ def fit(job: Job, state: dict[str, Any], saver: Saver, stop: Stop) -> int:
         finite = torch.isfinite(norm)
         optim.update(optimizer, finite, accelerator.scaler)
         optimizer.zero_grad()
-        averages.add_step({"grad_norm": torch.where(finite, norm, 0.0), "skipped": ~finite}, world)
+        averages.add_step({"grad_norm": torch.where(finite, norm, 0.0), "skipped": ~finite}, world, finite=finite)
+        guard.close(finite, norm)
         if hasattr(objective, "after_step"):
             objective.after_step(step, progress)
+        held.put_back(finite)
         if cfg.optim.ema is not None:
-            torch._foreach_lerp_(average, present, 1 - cfg.optim.ema)
+            average(means, present, 1 - cfg.optim.ema, finite=finite)
         progress_line.advance()
         for line in waiting.step(time.perf_counter()):
             say(line, main=main_rank)
@@ -241,13 +259,20 @@ def fit(job: Job, state: dict[str, Any], saver: Saver, stop: Stop) -> int:
             excess = job.journal.excess()  # from here on all ranks agree
         if logging:
             values: dict[str, Any] = averages.read(ranks.add)
-            values |= {"lr": lr, "weight_decay": weight_decay, "epoch": step * batch_size / len(job.dataset)}
+            loss, position = values.get("loss"), job.position(step)
+            values |= {"lr": lr, "weight_decay": weight_decay, "epoch": position / len(job.dataset)}
             values |= {"num_bad": len(job.journal.bad), **progress_line.rates(step)}
             fingerprint = ranks.total_fingerprint(fingerprint, device, main_rank)
             progress_line.show(step, values)
             accelerator.log(values, step=step)
+            skipped = guard.skipped()
             if log is not None:
-                log.write("train", step, **values, position=step * batch_size, fingerprint=f"{fingerprint:016x}")
+                for number in skipped:
+                    log.write("skipped", number)
+                log.write("train", step, **values, position=position, fingerprint=f"{fingerprint:016x}")
+            incident = guard.judge(step, loss)
+            if incident is not None:
+                break
         pending = look_through(job, [name for name in cfg.evals if ending or step % every[name] == 0], step, log)
         at("decision", step)
         stopping = stop(step)
@@ -257,11 +282,18 @@ def fit(job: Job, state: dict[str, Any], saver: Saver, stop: Stop) -> int:
         if saving or stopping or excess:
             at("save", step)
             fingerprint = ranks.total_fingerprint(fingerprint, device, main_rank)
-            save(job, saver, step, fingerprint, averages, looks=pending, wait=bool(stopping or ending or excess))
+            going_on = {"fingerprint": fingerprint, "averages": averages.state(ranks.add), "guard": guard.state()}
+            save(job, saver, step, going_on | {"looks": pending}, wait=bool(stopping or ending or excess))
         if excess or stopping:
             break
 
     progress_line.close()
+    if incident is not None:
+        saver.wait()
+        del batches  # its workers end
+        for file in filter(None, (log, bad_log)):
+            file.close()
+        return fit(job, roll_back(job, guard, incident, batch), saver, stop)
     if excess:
         raise DataError(f"{excess}; step {step} is saved, the same command goes on from there")
     code = DONE if (start == total or step == total) and not pending else STOPPED
@@ -292,7 +324,7 @@ def loader(job: Job, start: int) -> Any:
         rank=accelerator.process_index,
         world=accelerator.num_processes,
         micro_batches=cfg.train.micro_batches,
-        position=start * cfg.optim.batch_size,
+        position=job.position(start),
         num_steps=job.rates.total_steps - start,
         known=job.journal.bad,
         views=built.views.data.views,
@@ -339,27 +371,14 @@ def clip(accelerator: Accelerator, model: nn.Module, max_norm: float | None) -> 
 # ---- log, look, save -----------------------------------------------------------------------------
 
 
-def save(
-    job: Job,
-    saver: Saver,
-    step: int,
-    fingerprint: int,
-    averages: Averages,
-    *,
-    looks: Sequence[str] = (),
-    wait: bool,
-) -> None:
-    """Write a checkpoint (all ranks) in the background, or `wait` for it.
-
-    `looks` are evaluations of this step that are left to do.
-    """
+def save(job: Job, saver: Saver, step: int, going_on: dict[str, Any], *, wait: bool) -> None:
+    """Write a checkpoint (all ranks) in the background, or `wait` for it; `going_on` is what the loop goes on with."""
     buffers = dict(job.objective.named_buffers())
     ranks.share([*buffers.values(), *(job.ema[name] for name in buffers if name in job.ema)])  # whichever rank writes
     state = {
-        "position": step * job.cfg.optim.batch_size,
-        "fingerprint": fingerprint,
-        "averages": averages.state(ranks.add),
-        "looks": list(looks),
+        "position": job.position(step),
+        "interventions": [one._asdict() for one in job.rates.interventions],
+        **going_on,
         "bad": job.journal.state(),
         "order": job.sequence.identity(),
         "experiment": config.digest(job.experiment),

@@ -31,8 +31,9 @@ def nearest(vectors: Tensor, codes: Tensor) -> Tensor:
     offset = codes.square().sum(dim=1).div_(-2)  # (K,)
     ids = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
     rows = max(1, CHUNK // len(codes))
-    for some, out in zip(vectors.split(rows), ids.split(rows), strict=True):
-        torch.argmax(torch.addmm(offset, some, codes.T), dim=1, out=out)
+    with torch.autocast(vectors.device.type, enabled=False):  # near codes differ by less than bfloat16 tells
+        for some, out in zip(vectors.split(rows), ids.split(rows), strict=True):
+            torch.argmax(torch.addmm(offset, some, codes.T), dim=1, out=out)
     return ids
 
 

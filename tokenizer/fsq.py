@@ -58,12 +58,13 @@ class Grid(nn.Module):
         """Whiten vectors (..., d), then bound them: rounding gives exactly `levels` values (equation 1, appendix A)."""
         half = (self.levels - 1) * (1 + 1e-3) / 2
         shift = torch.atanh(self.offset / half)
-        white = (vectors.float() - self.mean) @ self.whitening.T
+        with torch.autocast(vectors.device.type, enabled=False):
+            white = (vectors.float() - self.mean) @ self.whitening.T
         return torch.tanh(white + shift) * half - self.offset
 
     def ids(self, vectors: Tensor) -> Tensor:
-        """Codes (B, N) int64 of bounded vectors (B, N, d)."""
-        digits = vectors.round() + self.levels // 2  # 0 ... levels - 1
+        """Codes (B, N) int64 of bounded vectors (B, N, d); of values that are not a number, as if they were 0."""
+        digits = vectors.nan_to_num().round() + self.levels // 2  # 0 ... levels - 1
         return (digits.long() * self.steps).sum(dim=-1)  # (B, N)
 
     def vectors(self, ids: Tensor) -> Tensor:
@@ -84,7 +85,8 @@ class Grid(nn.Module):
         rows = counted(weight, vectors)  # (B,)
         kept = (vectors * rows[:, None, None]).flatten(0, 1)  # (B N, d)
         total = (rows.sum() * vectors.shape[1])[None]
-        moments = torch.cat([total, kept.sum(dim=0), (kept.T @ kept).flatten()])
+        with torch.autocast(vectors.device.type, enabled=False):
+            moments = torch.cat([total, kept.sum(dim=0), (kept.T @ kept).flatten()])
         self._moments = moments if self._moments is None else self._moments + moments
 
     @torch.no_grad()

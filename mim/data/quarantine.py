@@ -77,6 +77,7 @@ class Journal:
     def __init__(self, quarantine: Mapping[int, Bad], counts: np.ndarray, *, budget: float):
         """`counts` are the samples per shard, `budget` is the share of the samples that may be bad."""
         self.bad: dict[int, Bad] = dict(quarantine)
+        self._quarantine = dict(quarantine)
         self.budget = budget
         self._ends = np.cumsum(counts)
         self._counts = counts
@@ -84,11 +85,13 @@ class Journal:
         self.check()
 
     def restore(self, state: Iterable[dict[str, Any]]) -> None:
-        """Add what a checkpoint knew: a decoder that could read such a sample today must not change the stream.
+        """Know what a checkpoint knew beside the quarantine, and nothing that was met since.
 
+        A decoder that could read such a sample today must not change the stream.
         Raises DataError when that is more than the budget accepts: then the budget is what stopped the run.
         """
-        self.bad |= {entry["sample"]: Bad(entry["key"], entry["reason"]) for entry in state}
+        self.bad = self._quarantine | {entry["sample"]: Bad(entry["key"], entry["reason"]) for entry in state}
+        self._open = []
         self.check()
 
     def state(self) -> list[dict[str, Any]]:
