@@ -104,6 +104,8 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
         state = checkpoint.restore(resumed, model, optimizer.optimizer, ema)
         job.card = tokenizers.score_card(resumed)
         journal.restore(state.get("bad", []))
+        if accelerator.scaler is not None and state.get("scaler"):
+            accelerator.scaler.load_state_dict(state["scaler"])
         say(
             f"resumed at step {state['step']} of {rates.total_steps}, position {state['position']} of the stream",
             main=main_rank,
@@ -291,6 +293,7 @@ def save(job: Job, step: int, fingerprint: int, averages: Averages) -> None:
         "averages": averages.state(ranks.add),
         "bad": job.journal.state(),
         "order": job.sequence.identity(),
+        "scaler": job.accelerator.scaler.state_dict() if job.accelerator.scaler is not None else None,  # of fp16
         "experiment": config.digest(job.experiment),
         "versions": {"mimstream": __version__, "torch": torch.__version__},
     }
