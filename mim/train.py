@@ -139,6 +139,8 @@ def prepare_and_fit(
         state = checkpoint.restore(resumed, model, optimizer.optimizer, ema)
         job.card = tokenizers.score_card(resumed)
         journal.restore(state.get("bad", []))
+        if accelerator.scaler is not None and state.get("scaler"):
+            accelerator.scaler.load_state_dict(state["scaler"])
         say(
             f"resumed at step {state['step']} of {rates.total_steps}, position {state['position']} of the stream",
             main=main_rank,
@@ -381,6 +383,7 @@ def save(job: Job, saver: Saver, step: int, going_on: dict[str, Any], *, wait: b
         **going_on,
         "bad": job.journal.state(),
         "order": job.sequence.identity(),
+        "scaler": job.accelerator.scaler.state_dict() if job.accelerator.scaler is not None else None,  # of fp16
         "experiment": config.digest(job.experiment),
         "versions": {"mimstream": __version__, "torch": torch.__version__},
     }

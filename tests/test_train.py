@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -198,6 +199,26 @@ def test_a_run_whose_first_steps_were_skipped_resumes_as_if_never_stopped(datase
     run(path, tmp_path / "stopped")
     assert_same(tmp_path / "stopped", tmp_path / "whole")
     assert [entry["skipped"] for entry in lines(tmp_path / "whole")] == [1, 1, 0, 0, 0, 0, 0]
+
+
+def test_a_run_with_scaled_losses_resumes_with_its_scale(dataset, tmp_path, monkeypatch):
+    """What fp16 has, on a CPU: the scaler that accelerate makes on a GPU, doubling its scale every 2 steps."""
+    made = []
+    honest = Accelerator.__init__
+
+    def scaled(self, *args, **options):
+        honest(self, *args, **options)
+        self.scaler, self.native_amp = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2), True
+        made.append(self.scaler)
+
+    monkeypatch.setattr(Accelerator, "__init__", scaled)
+    monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
+    path = recipe(dataset, tmp_path, train__log_every="1 steps")
+    run(path, tmp_path / "whole")
+    run(path, tmp_path / "stopped", stop_at=5)
+    run(path, tmp_path / "stopped")
+    assert [scaler.get_scale() for scaler in made] == [64.0, 32.0, 64.0]
+    assert_same(tmp_path / "stopped", tmp_path / "whole")
 
 
 def test_a_killed_run_falls_back_to_its_newest_valid_checkpoint_and_says_why(dataset, tmp_path, uninterrupted, capsys):
