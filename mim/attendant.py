@@ -99,6 +99,8 @@ class Attendant:
         reason = " ".join(str(error).split()) or type(error).__name__
         if type(error) not in CODES:
             reason = f"{type(error).__name__}: {reason}"
+        if self.board.rank:
+            reason = f"rank {self.board.rank}: {reason}"
         mine = End(self.board.rank, 0, "failed", reason[:500], exit_code(error))
         with contextlib.suppress(dist.DistError):
             found = None
