@@ -73,6 +73,8 @@ class Attendant:
         """Attend while the block runs. An error in it is told to the other ranks and written into status.json."""
         previous = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
         wakeup = signal.set_wakeup_fd(self._written.fileno(), warn_on_full_buffer=False)
+        if self.board.rank == 0:
+            self.status.write("running", self.status.step)
         self.watchdog.note()
         self._thread.start()
         try:

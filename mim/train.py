@@ -101,7 +101,8 @@ def _main(recipe: str, overrides: list[str], dry_run: bool, stop: Stop | None, s
     if main_rank:
         experiment.open_run(run, recipe, built.sections, learned, start)
     name = Path(recipe).stem
-    attendant = Attendant(board, Status(run, name, rates.total_steps), patience=patience, deadline=limit)
+    begins = checkpoint.step_of(resumed) if resumed is not None else 0
+    attendant = Attendant(board, Status(run, name, rates.total_steps, begins), patience=patience, deadline=limit)
     stack.enter_context(attendant.attending())
 
     # ---- model and optimizer -----------------------------------------------------------------------------------------
@@ -150,7 +151,6 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
     progress_line = Progress(start, total, batch_size=batch_size, main=main_rank)
     waiting = stages.Waiting(num_workers(cfg.train.workers))
     excess: str | None = None
-    status(job, "running", start)
     if state.get("look"):  # what the weights are worth before the first step
         pending = list(cfg.evals)
     look_through(job, [name for name in pending if name in cfg.evals], start, log)

@@ -1,7 +1,7 @@
-"""A run on several processes that is watched and signalled from outside: forked ranks, which begin at once, or torchrun.
+"""A run on several ranks that is watched and signalled from outside: forks, which begin at once, or torchrun.
 
-A run is made slow or broken by settings: STEP, BATCH, SAVE: seconds that a step, a batch of an evaluation and the commit
-of a save take longer; HANG, RAISE: (rank, step) that never ends, or ends in an error.
+A run is made slow or broken by settings: step, batch, save: seconds that a step, a batch of an evaluation and the
+commit of a save take longer; hang, fail: (rank, step) that never ends, or ends in an error.
 """
 
 import json
@@ -121,7 +121,7 @@ class Torchrun(Run):
             self.process.wait()
 
 
-def slow_down(rank, marker, *, STEP=0.0, BATCH=None, SAVE=None, HANG=None, RAISE=None):  # noqa: N803
+def slow_down(rank, marker, *, step=0.0, batch=None, save=None, hang=None, fail=None):
     """Change this process for ever."""
     forward, to_device, commit = MAE.forward, stream.to_device, checkpoint._commit
     steps = 0
@@ -130,21 +130,21 @@ def slow_down(rank, marker, *, STEP=0.0, BATCH=None, SAVE=None, HANG=None, RAISE
         nonlocal steps
         if self.training:
             steps += 1
-            time.sleep(1e6 if (rank, steps) == HANG else STEP)
-            if (rank, steps) == RAISE:
+            time.sleep(1e6 if (rank, steps) == hang else step)
+            if (rank, steps) == fail:
                 raise FloatingPointError("the sum is odd")
         return forward(self, batch, progress)
 
-    def slow_to_device(batch, device):
-        if BATCH is not None and not torch.is_grad_enabled():
+    def slow_to_device(images, device):
+        if batch is not None and not torch.is_grad_enabled():
             marker.touch()
-            time.sleep(BATCH)
-        return to_device(batch, device)
+            time.sleep(batch)
+        return to_device(images, device)
 
     def slow_commit(temporary, final):
-        if SAVE is not None:
+        if save is not None:
             marker.touch()
-            time.sleep(SAVE)
+            time.sleep(save)
         return commit(temporary, final)
 
     MAE.forward, stream.to_device, checkpoint._commit = slow_forward, slow_to_device, slow_commit

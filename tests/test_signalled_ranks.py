@@ -46,7 +46,7 @@ def check_stopped(run):
 
 def test_sigterm_to_one_rank_stops_all_at_one_saved_step_and_the_rerun_is_exact(experiment, tmp_path):
     path, reference = experiment
-    with Forked(path, tmp_path / "run", *EVALS, STEP=0.2) as run:
+    with Forked(path, tmp_path / "run", *EVALS, step=0.2) as run:
         run.until_step(2)
         run.send(1, signal.SIGTERM)
         assert run.codes() == [75, 75], run.said
@@ -68,7 +68,7 @@ def test_sigterm_to_torchrun_stops_all_ranks_and_the_status_says_so(experiment, 
 
 def test_a_signal_during_an_evaluation_leaves_it_and_the_rerun_does_it_again(experiment, tmp_path):
     path, reference = experiment
-    with Forked(path, tmp_path / "run", *EVALS, BATCH=1.0) as run:
+    with Forked(path, tmp_path / "run", *EVALS, batch=1.0) as run:
         run.until(run.slow_place.exists)
         run.send(1, signal.SIGUSR1)
         assert run.codes() == [75, 75], run.said
@@ -80,12 +80,12 @@ def test_a_signal_during_an_evaluation_leaves_it_and_the_rerun_does_it_again(exp
 
 def test_a_second_signal_during_a_save_ends_all_ranks_at_once_with_the_older_checkpoint(experiment, tmp_path):
     path, reference = experiment
-    with Forked(path, tmp_path / "run", *EVALS, STEP=0.2) as run:
+    with Forked(path, tmp_path / "run", *EVALS, step=0.2) as run:
         run.until_step(2)
         run.send(0, signal.SIGTERM)
         assert run.codes() == [75, 75], run.said
     first = run.status["step"]
-    with Forked(path, tmp_path / "run", *EVALS, SAVE=1e6) as run:
+    with Forked(path, tmp_path / "run", *EVALS, save=1e6) as run:
         run.until(run.slow_place.exists)
         run.send(1, signal.SIGTERM)
         time.sleep(attendant.ONE_SIGNAL + 0.5)
@@ -96,10 +96,20 @@ def test_a_second_signal_during_a_save_ends_all_ranks_at_once_with_the_older_che
     finish(path, tmp_path / "run", reference)
 
 
+def test_a_signal_before_the_first_step_ends_all_ranks_at_once(experiment, tmp_path):
+    path, _ = experiment
+    with Forked(path, tmp_path / "run", step=1e6) as run:
+        run.until((tmp_path / "run/log.jsonl").exists)
+        run.send(1, signal.SIGTERM)
+        assert run.codes() == [75, 75], run.said
+    assert (run.status["state"], run.status["step"]) == ("stopped", 0)
+    assert run.status["reason"] == "SIGTERM before the first step"
+
+
 def test_a_run_stops_before_its_time_ends_and_the_rerun_is_exact(experiment, tmp_path):
     path, reference = experiment
     limits = ("train.time_limit=60s", "train.stop_before=58s")
-    with Forked(path, tmp_path / "run", *EVALS, *limits, STEP=1.0) as run:
+    with Forked(path, tmp_path / "run", *EVALS, *limits, step=1.0) as run:
         assert run.codes() == [75, 75], run.said
     check_stopped(run)
     assert "58s before the end of train.time_limit=60s" in run.status["reason"]
@@ -109,7 +119,7 @@ def test_a_run_stops_before_its_time_ends_and_the_rerun_is_exact(experiment, tmp
 
 def test_a_rank_that_hangs_is_named_with_its_place_and_all_stacks_are_written(experiment, tmp_path):
     path, _ = experiment
-    with Forked(path, tmp_path / "run", "train.timeout=2s", HANG=(1, 6)) as run:
+    with Forked(path, tmp_path / "run", "train.timeout=2s", hang=(1, 6)) as run:
         assert run.codes() == [70, 70], run.said
     status = run.status
     assert (status["state"], status["exit_code"], status["step"]) == ("failed", 70, 4)
@@ -123,7 +133,7 @@ def test_a_rank_that_hangs_is_named_with_its_place_and_all_stacks_are_written(ex
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
 def test_a_rank_that_is_frozen_or_killed_is_named(experiment, tmp_path, number):
     path, _ = experiment
-    with Forked(path, tmp_path / "run", "train.timeout=2s", STEP=0.2) as run:
+    with Forked(path, tmp_path / "run", "train.timeout=2s", step=0.2) as run:
         run.until_step(5)
         run.send(1, number)
         run.ranks[0].join(60)
@@ -134,7 +144,7 @@ def test_a_rank_that_is_frozen_or_killed_is_named(experiment, tmp_path, number):
 
 def test_the_error_of_another_rank_is_the_reason_that_the_status_gives(experiment, tmp_path):
     path, _ = experiment
-    with Forked(path, tmp_path / "run", RAISE=(1, 6)) as run:
+    with Forked(path, tmp_path / "run", fail=(1, 6)) as run:
         assert run.codes() == [70, 70], run.said
     assert run.status["reason"] == "rank 1: FloatingPointError: the sum is odd"
     assert (run.status["state"], run.status["exit_code"]) == ("failed", 70)

@@ -279,24 +279,3 @@ def test_a_loop_that_waits_for_its_data_says_once_why(dataset, tmp_path, monkeyp
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("data: the loop waited")]
     assert len(said) == 1
     assert "of the last 50 steps. A worker makes" in said[0]
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_that_comes_twice_at_once_asks_to_stop_and_a_later_one_acts(number, monkeypatch, capsys):
-    now, acted = [100.0], []
-    monkeypatch.setattr("time.monotonic", lambda: now[0])
-    before = signal.signal(number, lambda *_: acted.append(number))
-    try:
-        with stopping.stop_signals() as stop:
-            assert not stop(1)
-            for moment in (100.0, 100.5):
-                now[0] = moment
-                signal.raise_signal(number)
-            assert stop(1)
-            assert acted == []
-            now[0] = 102.5
-            signal.raise_signal(number)
-            assert acted == [number]
-    finally:
-        signal.signal(number, before)
-    assert capsys.readouterr().err.count("saving at the next step") == 1
