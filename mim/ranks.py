@@ -91,6 +91,13 @@ def share(tensors: Iterable[Tensor]) -> None:
                 dist.broadcast(tensor, src=0)
 
 
+def agree(wanted: bool) -> bool:
+    """True on every rank when it is true on one."""
+    if not dist.is_initialized():
+        return wanted
+    return bool(add(torch.tensor(int(wanted), device=_device())))
+
+
 def _device() -> torch.device:
     """Where the tensors are that this group of processes sends."""
     if dist.get_backend() != "nccl":

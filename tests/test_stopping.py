@@ -68,6 +68,18 @@ def test_a_rank_that_has_not_begun_votes_when_it_does(ranks):
     assert late.voting
 
 
+def test_ranks_that_return_to_an_earlier_step_stop_after_its_next(ranks):
+    for one in ranks:
+        assert not any(one(step) for step in range(1, 9))
+    ranks[1].ask("a signal")
+    poll(*ranks, *ranks)
+    for one in ranks:
+        one.begin(4)
+    assert not any(one.now(9) for one in ranks)
+    poll(*ranks, *ranks)
+    assert [one(4) for one in ranks] == [True] * 3
+
+
 def test_the_first_reason_stands(ranks):
     ranks[2].ask("a signal")
     ranks[0].ask("the time")
