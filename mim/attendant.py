@@ -126,10 +126,10 @@ class Attendant:
     # ---- the thread --------------------------------------------------------------------------------------------------
 
     def _attend(self) -> None:
-        armed = 0.0
+        armed, hurry = 0.0, max(HURRY, self.board.world / 1000)  # every rank asks for the votes of all
         while not self._over.is_set():
             try:
-                self._hear(HURRY if self.stopping.voting else POLL)
+                self._hear(hurry if self.stopping.voting else POLL)
                 if self._deadline is not None and self._deadline.passed and self.stopping.reason is None:
                     self._ask(self._deadline.reason)
                 asked = self.stopping.reason
@@ -206,9 +206,8 @@ class Attendant:
         self._exit(end.code)
 
     def _write(self, end: End) -> None:
-        """status.json; on a disk that is full the old one stays, and the exit code speaks."""
-        with contextlib.suppress(OSError):
-            self.status.write(end.state, self.status.step, reason=end.reason, code=end.code)
+        """Write status.json."""
+        self.status.write(end.state, self.status.step, reason=end.reason, code=end.code)
 
     def _exit(self, code: int) -> None:
         sys.stderr.flush()

@@ -55,6 +55,11 @@ def test_a_status_of_an_earlier_start_counts_as_failed(run, tmp_path):
     assert "the last start wrote no status; before it: stopped" in text
 
 
+def test_a_status_that_cannot_be_written_is_said_and_ends_nothing(tmp_path, capsys):
+    Status(tmp_path / "gone", "mae", 100).write("running", 80)
+    assert "gone/status.json could not be written: No such file or directory" in capsys.readouterr().err
+
+
 def test_a_folder_without_a_status_is_refused(run):
     found = CliRunner().invoke(command, ["nowhere"])
     assert isinstance(found.exception, ConfigError)
