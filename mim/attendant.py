@@ -104,13 +104,13 @@ class Attendant:
         if self.board.rank:
             reason = f"rank {self.board.rank}: {reason}"
         mine = End(self.board.rank, 0, "failed", reason[:500], exit_code(error))
-        with contextlib.suppress(dist.DistError):
-            found = None
-            if type(error) not in CODES and self.board.world > 1:
-                found = self._end_of_another()
+        try:
+            found = self._end_of_another() if type(error) not in CODES and self.board.world > 1 else None
             stands = End(**json.loads(self.board.first("end", json.dumps(dataclasses.asdict(found or mine)))))
-            mine = stands if type(error) not in CODES else mine
-        if self.board.rank == mine.writer or self.board.world == 1:
+        except dist.DistError:
+            stands = self._without_store()
+        mine = mine if type(error) in CODES else stands
+        if self.board.rank == mine.writer:
             self._write(mine)
 
     def _end_of_another(self) -> End | None:
@@ -199,11 +199,17 @@ class Attendant:
         """The process that keeps the board ended: so does this one, unless its main thread is about to."""
         if self._over.wait(GRACE):
             return
-        end = End(self.board.rank, self.board.rank, "failed", "the store of the launch is gone: rank 0, or its "
-                  "launcher, has ended", INTERNAL)  # fmt: skip
+        end = self._without_store()
         dump_stacks(self.status.run / f"stacks-rank{self.board.rank}.txt")
+        if self.board.rank == end.writer:
+            self._write(end)
         say(f"mim: {end.reason}")
         self._exit(end.code)
+
+    def _without_store(self) -> End:
+        """The end of a rank that can tell the others nothing."""
+        reason = "the store of the launch, which rank 0 or its launcher keeps, has ended or does not answer"
+        return End(self.board.rank, min(self.board.rank, 1), "failed", reason, INTERNAL)
 
     def _write(self, end: End) -> None:
         """Write status.json."""

@@ -142,6 +142,17 @@ def test_a_rank_that_is_frozen_or_killed_is_named(experiment, tmp_path, number):
     assert run.status["reason"].startswith("rank 1 did not answer for 3 s; it was last seen at the ")
 
 
+def test_without_the_first_rank_and_its_store_the_next_says_so(experiment, tmp_path):
+    path, _ = experiment
+    with Forked(path, tmp_path / "run", step=0.2) as run:
+        run.until_step(5)
+        run.send(0, signal.SIGKILL)
+        run.ranks[1].join(60)
+        assert run.ranks[1].exitcode == 70, run.said
+    assert run.status["state"] == "failed"
+    assert run.status["reason"].startswith("the store of the launch, which rank 0 or its launcher keeps, has ended")
+
+
 def test_the_error_of_another_rank_is_the_reason_that_the_status_gives(experiment, tmp_path):
     path, _ = experiment
     with Forked(path, tmp_path / "run", fail=(1, 6)) as run:
