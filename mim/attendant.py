@@ -73,6 +73,8 @@ class Attendant:
         """Attend while the block runs. An error in it is told to the other ranks and written into status.json."""
         previous = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
         wakeup = signal.set_wakeup_fd(self._written.fileno(), warn_on_full_buffer=False)
+        if self.board.rank == 0:
+            self.status.write("running", self.status.step)
         self.watchdog.note()
         self._thread.start()
         try:
@@ -99,14 +101,16 @@ class Attendant:
         reason = " ".join(str(error).split()) or type(error).__name__
         if type(error) not in CODES:
             reason = f"{type(error).__name__}: {reason}"
+        if self.board.rank:
+            reason = f"rank {self.board.rank}: {reason}"
         mine = End(self.board.rank, 0, "failed", reason[:500], exit_code(error))
-        with contextlib.suppress(dist.DistError):
-            found = None
-            if type(error) not in CODES and self.board.world > 1:
-                found = self._end_of_another()
+        try:
+            found = self._end_of_another() if type(error) not in CODES and self.board.world > 1 else None
             stands = End(**json.loads(self.board.first("end", json.dumps(dataclasses.asdict(found or mine)))))
-            mine = stands if type(error) not in CODES else mine
-        if self.board.rank == mine.writer or self.board.world == 1:
+        except dist.DistError:
+            stands = self._without_store()
+        mine = mine if type(error) in CODES else stands
+        if self.board.rank == mine.writer:
             self._write(mine)
 
     def _end_of_another(self) -> End | None:
@@ -122,10 +126,10 @@ class Attendant:
     # ---- the thread --------------------------------------------------------------------------------------------------
 
     def _attend(self) -> None:
-        armed = 0.0
+        armed, hurry = 0.0, max(HURRY, self.board.world / 1000)  # every rank asks for the votes of all
         while not self._over.is_set():
             try:
-                self._hear(HURRY if self.stopping.voting else POLL)
+                self._hear(hurry if self.stopping.voting else POLL)
                 if self._deadline is not None and self._deadline.passed and self.stopping.reason is None:
                     self._ask(self._deadline.reason)
                 asked = self.stopping.reason
@@ -195,16 +199,21 @@ class Attendant:
         """The process that keeps the board ended: so does this one, unless its main thread is about to."""
         if self._over.wait(GRACE):
             return
-        end = End(self.board.rank, self.board.rank, "failed", "the store of the launch is gone: rank 0, or its "
-                  "launcher, has ended", INTERNAL)  # fmt: skip
+        end = self._without_store()
         dump_stacks(self.status.run / f"stacks-rank{self.board.rank}.txt")
+        if self.board.rank == end.writer:
+            self._write(end)
         say(f"mim: {end.reason}")
         self._exit(end.code)
 
+    def _without_store(self) -> End:
+        """The end of a rank that can tell the others nothing."""
+        reason = "the store of the launch, which rank 0 or its launcher keeps, has ended or does not answer"
+        return End(self.board.rank, min(self.board.rank, 1), "failed", reason, INTERNAL)
+
     def _write(self, end: End) -> None:
-        """status.json; on a disk that is full the old one stays, and the exit code speaks."""
-        with contextlib.suppress(OSError):
-            self.status.write(end.state, self.status.step, reason=end.reason, code=end.code)
+        """Write status.json."""
+        self.status.write(end.state, self.status.step, reason=end.reason, code=end.code)
 
     def _exit(self, code: int) -> None:
         sys.stderr.flush()

@@ -14,7 +14,6 @@ from mim.attendant import Attendant
 from mim.config import ConfigError
 from mim.data import mixture, quarantine, stages
 from mim.interventions import position_at
-from mim.log import say
 
 
 @dataclass
@@ -118,7 +117,4 @@ def num_workers(asked: int | None) -> int:
 def status(job: Job, state: str, step: int, *, reason: str | None = None, code: int | None = None) -> None:
     """Write status.json, which launch scripts read."""
     if job.accelerator.is_main_process:
-        try:
-            job.attendant.status.write(state, step, reason=reason, code=code)
-        except OSError as error:  # what a full disk means for the run is decided where a checkpoint is saved
-            say(f"{job.run / 'status.json'} could not be written: {error.strerror}")
+        job.attendant.status.write(state, step, reason=reason, code=code)

@@ -100,11 +100,11 @@ def share(tensors: Iterable[Tensor]) -> None:
                 dist.broadcast(tensor, src=0)
 
 
-def agree(found: bool) -> bool:
+def agree(wanted: bool) -> bool:
     """True on every rank when it is true on one."""
     if not dist.is_initialized():
-        return found
-    return bool(add(torch.tensor(int(found), device=_device())))
+        return wanted
+    return bool(add(torch.tensor(int(wanted), device=_device())))
 
 
 def _device() -> torch.device:

@@ -13,7 +13,7 @@ from typing import Any
 
 from mim.config import ConfigError
 from mim.contracts import DataError, ExportError, NumericsError, StorageError
-from mim.log import write_json
+from mim.log import say, write_json
 
 DONE, STOPPED, INTERNAL = 0, 75, 70  # exit codes; those of errors are below
 CODES = {ConfigError: 2, DataError: 65, ExportError: INTERNAL, NumericsError: INTERNAL, StorageError: 74}
@@ -35,9 +35,12 @@ class Status:
     step: int = 0  # as last written: the newest that is saved
 
     def write(self, state: str, step: int, *, reason: str | None = None, code: int | None = None) -> None:
-        """Write a state, one of `STATES`; `code` is the exit code of a run that ended."""
+        """Write a state, one of `STATES`, and the exit code of a run that ended. On a full disk the old one stays."""
         assert state in STATES, state
         self.step = step
         value: dict[str, Any] = {"state": state, "step": step, "of": self.of, "recipe": self.recipe}
         value |= {"reason": reason, "exit_code": code, "time": round(time.time(), 3)}  # seconds since 1970
-        write_json(self.run / "status.json", value)
+        try:
+            write_json(self.run / "status.json", value)
+        except OSError as error:  # what a full disk means for the run is decided where a checkpoint is saved
+            say(f"{self.run / 'status.json'} could not be written: {error.strerror}")

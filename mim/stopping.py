@@ -37,15 +37,18 @@ class Stopping:
         self._lock = threading.Lock()
         self._begun: int | None = None  # the step that the main thread will finish before it asks
         self._target: int | None = None
+        self._round = 0  # of votes: a run that returns to an earlier step votes again
         self._voted, self._decided = False, threading.Event()
         self.stepped = False  # whether this process finished a step
         self.reason: str | None = None
         self._group: Any = dist.new_group(backend="gloo") if board.world > 1 else None
 
     def begin(self, step: int) -> None:
-        """The main thread begins this step, the first of this process."""
+        """The main thread of every rank begins this step: its first, or the first after a return to an earlier one."""
         with self._lock:
-            self._begun = step
+            self._begun, self._target, self._voted = step, None, False
+            self._round += 1
+            self._decided.clear()
 
     def __call__(self, step: int) -> bool:
         """True when all ranks stop after this step. A rank that comes early waits for the votes of the others."""
@@ -86,13 +89,17 @@ class Stopping:
         if self.reason is None:
             self.reason = self._board.get("stop")
         with self._lock:
-            voting = self.reason is not None and self._begun is not None and not self._voted
+            votes, step = f"last step/{self._round}", self._begun
+            voting = self.reason is not None and step is not None and not self._voted
             self._voted = self._voted or voting
         if voting:
-            self._board.put_mine("last step", str(self._begun))
-        if self._voted and (steps := self._board.of_all("last step")) is not None:
-            self._target = max(map(int, steps))
-            self._decided.set()
+            self._board.put_mine(votes, str(step))
+        if not self._voted or (steps := self._board.of_all(votes)) is None:
+            return
+        with self._lock:
+            if votes == f"last step/{self._round}":
+                self._target = max(map(int, steps))
+                self._decided.set()
 
 
 def either(asked: Stop | None, stopping: Stop) -> Stop:

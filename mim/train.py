@@ -114,7 +114,8 @@ def prepare_and_fit(
     if main_rank:
         experiment.open_run(run, recipe, built.sections, learned, start)
     name = Path(recipe).stem
-    attendant = Attendant(board, Status(run, name, rates.total_steps), patience=patience, deadline=limit)
+    begins = checkpoint.step_of(resumed) if resumed is not None else 0
+    attendant = Attendant(board, Status(run, name, rates.total_steps, begins), patience=patience, deadline=limit)
     at_exit.enter_context(attendant.attending())
 
     # ---- model and optimizer -----------------------------------------------------------------------------------------
@@ -185,7 +186,6 @@ def fit(job: Job, state: dict[str, Any], saver: Saver, stop: Stop) -> int:
     saver.committed = lambda at: status(job, "running", at)
     waiting = stages.Waiting(num_workers(cfg.train.workers))
     excess: str | None = None
-    status(job, "running", start)
     if state.get("look"):  # what the weights are worth before the first step
         pending = list(cfg.evals)
     look_through(job, [name for name in pending if name in cfg.evals], start, log)
@@ -395,7 +395,8 @@ def tell(job: Job, log: RunLog | None, event: str, step: int, **values: Any) -> 
     """Put what happened to a save into log.jsonl and status.json."""
     if log is not None:
         log.write(event, step, **values)
-    status(job, "failed" if values["stops"] else "running", step, reason=values["reason"])
+    saved = job.attendant.status.step
+    status(job, "failed" if values["stops"] else "running", saved, reason=values["reason"])
 
 
 def tokenizer_writer(job: Job) -> Callable[[Path], None] | None:

@@ -117,7 +117,9 @@ class Watchdog:
 
     def _beats(self) -> list[Beat | None]:
         """What every rank noted last; None of one that never did."""
-        notes = [self._board.get(f"beat/{rank}") for rank in range(self._board.world)]
+        notes: Sequence[str | None] | None = self._board.of_all("beat")
+        if notes is None:
+            notes = [self._board.get(f"beat/{rank}") for rank in range(self._board.world)]
         return [None if note is None else Beat(*json.loads(note)) for note in notes]
 
 

@@ -1,0 +1,74 @@
+"""status.json, and `mim status` that scripts read it with."""
+
+import json
+import time
+
+import pytest
+from click.testing import CliRunner
+
+from mim.config import ConfigError
+from mim.contracts import DataError, ExportError, StorageError
+from mim.status import Status, exit_code
+from mim.status_command import status as command
+
+
+@pytest.fixture
+def run(tmp_path):
+    """`run(*options)` calls `mim status` on a run of which two checkpoints are saved: (exit code, output)."""
+    for step in (40, 80):
+        (tmp_path / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+
+    def call(*options):
+        found = CliRunner().invoke(command, [str(tmp_path), *options])
+        return found.exit_code, found.output
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "expected"),
+    [("done", 0, 0), ("stopped", 75, 75), ("failed", 65, 65), ("failed", 70, 70), ("running", None, 70)],
+)
+def test_the_command_ends_with_the_code_of_the_run(run, tmp_path, state, code, expected):
+    Status(tmp_path, "mae", 100).write(state, 80, reason="why", code=code)
+    assert run("--exit-code")[0] == expected
+    assert run()[0] == 0
+
+
+def test_the_command_tells_state_reason_and_newest_checkpoint(run, tmp_path):
+    Status(tmp_path, "mae", 100).write("stopped", 80, reason="SIGTERM", code=75)
+    text = run()[1]
+    assert text.startswith("stopped at step 80 of 100: SIGTERM (0:0")
+    assert "newest checkpoint step 80, 0:0" in text
+    found = json.loads(run("--json")[1])
+    assert {key: found[key] for key in ("state", "step", "of", "recipe", "reason", "exit_code", "checkpoint")} == {
+        "state": "stopped", "step": 80, "of": 100, "recipe": "mae", "reason": "SIGTERM", "exit_code": 75,
+        "checkpoint": 80,
+    }  # fmt: skip
+
+
+def test_a_status_of_an_earlier_start_counts_as_failed(run, tmp_path):
+    Status(tmp_path, "mae", 100).write("stopped", 80, reason="SIGTERM", code=75)
+    assert run("--exit-code", "--since", str(time.time() - 100))[0] == 75
+    code, text = run("--exit-code", "--since", str(time.time() + 100))
+    assert code == 70
+    assert "the last start wrote no status; before it: stopped" in text
+
+
+def test_a_status_that_cannot_be_written_is_said_and_ends_nothing(tmp_path, capsys):
+    Status(tmp_path / "gone", "mae", 100).write("running", 80)
+    assert "gone/status.json could not be written: No such file or directory" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_status_is_refused(run):
+    found = CliRunner().invoke(command, ["nowhere"])
+    assert isinstance(found.exception, ConfigError)
+    assert "nowhere has no status.json" in str(found.exception)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(ConfigError("x"), 2), (DataError("x"), 65), (StorageError("x"), 74), (ExportError("x"), 70), (KeyError("x"), 70)],
+)
+def test_every_error_has_its_exit_code(error, code):
+    assert exit_code(error) == code
