@@ -29,7 +29,7 @@ class Machine:
     keep: int = 2  # newest checkpoints that stay, at least 2
     cache_dir: str | None = None  # of shards made from image folders, and of remote ones; null: ~/.cache/mimstream
     cache_limit: float | None = None  # GiB of remote shards kept there; null: until 5 % or 20 GiB of the disk are left
-    trackers: list[str] = field(default_factory=list)  # accelerate's, e.g. [tensorboard]; log.jsonl is always written
+    trackers: list[str] = field(default_factory=list)  # tensorboard | wandb | trackio | mlflow; they follow log.jsonl
 
     def __post_init__(self) -> None:
         if self.precision == "False":  # what YAML makes of a bare `no`

@@ -57,29 +57,49 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class RunLog:
-    """Append-only JSON lines; opened at a step, it drops the lines that come after it."""
+    """Append-only JSON lines; opened at a step, it drops the lines that come after it.
+
+    The cut is one rename: a kill at any moment leaves the old log or the cut one, and the next start cuts again.
+    """
 
     def __init__(self, path: Path, step: int) -> None:
-        kept = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError:
-                    break  # the torn last line of a killed run
-                if entry["step"] <= step:
-                    kept.append(line)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept))
-        temporary.replace(path)
+        self.path, self.cut_at = path, step
+        self.followers: list[Callable[[dict[str, Any]], None]] = []  # called with every line that is written
+        kept = [line for line, entry in _whole_lines(path) if entry["step"] <= step]
+        with aside(path) as file:
+            file.writelines(f"{line}\n" for line in kept)
         self._file: IO[str] = path.open("a")
 
     def write(self, event: str, step: int, **values: Any) -> None:
-        self._file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
+        entry = {"event": event, "step": step, **values}
+        self._file.write(json.dumps(entry) + "\n")
         self._file.flush()
+        for follow in self.followers:
+            follow(entry)
+
+    def entries(self) -> Iterator[dict[str, Any]]:
+        """The lines that it holds now."""
+        return read_log(self.path)
 
     def close(self) -> None:
         self._file.close()
+
+
+def read_log(path: Path) -> Iterator[dict[str, Any]]:
+    """The entries of a run log, up to its end or to a line that a kill or a power cut tore."""
+    return (entry for _, entry in _whole_lines(path))
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    if not path.exists():
+        return
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+            entry["step"] + 0, entry["event"]
+        except (ValueError, TypeError, KeyError):
+            return  # everything after a torn line is of the same moment
+        yield line, entry
 
 
 class Averages:

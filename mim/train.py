@@ -28,6 +28,7 @@ from mim.job import Config, Job, num_workers, status
 from mim.log import Averages, Progress, RunLog, say
 from mim.looking import averaged, intervals, look
 from mim.stopping import DONE, STOPPED, Stop, stop_signals
+from mim.trackers import Trackers, check_installed
 
 
 def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop | None = None) -> int:
@@ -43,11 +44,11 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
     accelerator = Accelerator(
         cpu=cfg.train.cpu or not torch.accelerator.is_available(),
         mixed_precision=cfg.train.precision,
-        log_with=cfg.train.trackers or None,
-        project_dir=str(run),
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
     main_rank = accelerator.is_main_process
+    if main_rank:
+        check_installed(cfg.train.trackers)
 
     # ---- data and networks -------------------------------------------------------------------------------------------
     with accelerator.main_process_first():
@@ -107,8 +108,6 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
             f"resumed at step {state['step']} of {rates.total_steps}, position {state['position']} of the stream",
             main=main_rank,
         )
-    if cfg.train.trackers:
-        accelerator.init_trackers("mimstream")
     with stop_signals() as signalled:
         return fit(job, state, stop or signalled)
 
@@ -127,6 +126,8 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
     fingerprint = state.get("fingerprint", 0) if main_rank else 0  # the ranks' shares are added when it is read
     kept = start or -1  # no checkpoint has step 0: its lines are of an earlier attempt
     log, bad_log = (RunLog(job.run / f"{n}.jsonl", kept) if main_rank else None for n in ("log", "journal"))
+    sections, names = job.built.sections, cfg.train.trackers
+    tracking = Trackers(job.run, names, sections, log, ended=start == total) if log is not None else None
     progress_line = Progress(start, total, batch_size=batch_size, main=main_rank)
     waiting = stages.Waiting(num_workers(cfg.train.workers))
     excess: str | None = None
@@ -193,7 +194,6 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
             values |= {"num_bad": len(job.journal.bad), **progress_line.rates(step)}
             fingerprint = ranks.total_fingerprint(fingerprint, device, main_rank)
             progress_line.show(step, values)
-            accelerator.log(values, step=step)
             if log is not None:
                 log.write("train", step, **values, position=step * batch_size, fingerprint=f"{fingerprint:016x}")
         for name in cfg.evals:
@@ -213,8 +213,8 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
     status(job, "done" if code == DONE else "stopped", total if code == DONE else step)
     last_words = f"done: {job.run}" if code == DONE else f"stopped at step {step}; the same command resumes"
     say(last_words, main=main_rank)
-    if cfg.train.trackers:
-        accelerator.end_training()
+    if tracking is not None:
+        tracking.close()
     return code
 
 
