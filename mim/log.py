@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -56,6 +56,14 @@ def write_json(path: Path, value: Any) -> None:
         file.write("\n")
 
 
+class Follower(Protocol):
+    """Whatever is told every line of a run log."""
+
+    def tell(self, entry: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class RunLog:
     """Append-only JSON lines; opened at a step, it drops the lines that come after it.
 
@@ -64,7 +72,7 @@ class RunLog:
 
     def __init__(self, path: Path, step: int) -> None:
         self.path, self.cut_at = path, step
-        self.followers: list[Callable[[dict[str, Any]], None]] = []  # called with every line that is written
+        self.followers: list[Follower] = []
         kept = [line for line, entry in _whole_lines(path) if entry["step"] <= step]
         with aside(path) as file:
             file.writelines(f"{line}\n" for line in kept)
@@ -74,8 +82,8 @@ class RunLog:
         entry = {"event": event, "step": step, **values}
         self._file.write(json.dumps(entry) + "\n")
         self._file.flush()
-        for follow in self.followers:
-            follow(entry)
+        for follower in self.followers:
+            follower.tell(entry)
 
     def entries(self) -> Iterator[dict[str, Any]]:
         """The lines that it holds now."""
@@ -83,6 +91,8 @@ class RunLog:
 
     def close(self) -> None:
         self._file.close()
+        for follower in self.followers:
+            follower.close()
 
 
 def read_log(path: Path) -> Iterator[dict[str, Any]]:

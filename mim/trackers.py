@@ -54,7 +54,7 @@ def check_installed(names: list[str]) -> None:
 
 
 class Trackers:
-    """The trackers of a run (main rank alone). They follow its log from the first line on until `close`."""
+    """The trackers of a run (main rank alone). They follow its log from the first line on until it is closed."""
 
     def __init__(self, run: Path, names: list[str], sections: dict[str, Any], log: RunLog, *, ended: bool) -> None:
         """`ended`: the run has no step left, so that only what is missing is told, if anything is."""
@@ -70,7 +70,7 @@ class Trackers:
         for entry in log.entries() if names else ():  # what a tracker has not been told before
             self.tell(entry)
         if names:
-            log.followers.append(self.tell)
+            log.followers.append(self)
             atexit.register(self.close)  # an error that ends the run must not cost its last lines
         deadline = time.monotonic() + PATIENCE
         for sink in self._sinks if not ended else ():

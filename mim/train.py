@@ -21,7 +21,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 import tokenizer as tokenizers
-from mim import __version__, build, checkpoint, config, experiment, frozen_networks, optim, ranks, weights
+from mim import __version__, build, checkpoint, config, experiment, frozen_networks, optim, ranks, resume, weights
 from mim.contracts import Batch, DataError
 from mim.data import mixture, quarantine, shuffle, stages, stream
 from mim.job import Config, Job, num_workers, status
@@ -67,7 +67,8 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
 
     # ---- run directory -----------------------------------------------------------------------------------------------
     learned = experiment.identity(built.sections, dataset)
-    resumed = experiment.find_resume(run, learned, main_rank)
+    found = resume.find(run, learned, accelerator.device)
+    resumed = found.checkpoint
     with accelerator.main_process_first():  # one process downloads what encoder.init names
         start = weights.start(built, cfg.init.run, optimizer=cfg.init.optimizer, resumed=resumed is not None)
     for line in (*start.lines(), *verdict):
@@ -86,6 +87,8 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
     accelerator.wait_for_everyone()
     if main_rank:
         experiment.open_run(run, recipe, built.sections, learned, start)
+    accelerator.wait_for_everyone()
+    resume.check_shared(run, accelerator.device)
 
     # ---- model and optimizer -----------------------------------------------------------------------------------------
     optimizer = optim.create(built.objective, cfg.optim)
@@ -105,9 +108,11 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
         job.card = tokenizers.score_card(resumed)
         journal.restore(state.get("bad", []))
         say(
-            f"resumed at step {state['step']} of {rates.total_steps}, position {state['position']} of the stream",
+            f"resumed at step {state['step']} of {rates.total_steps}, position {state['position']} of the stream, from "
+            f"{resumed.name} of {state.get('ranks', '?')} ranks",
             main=main_rank,
         )
+    state["start"] = found.account(state, ranks=accelerator.num_processes)
     with stop_signals() as signalled:
         return fit(job, state, stop or signalled)
 
@@ -126,8 +131,10 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
     fingerprint = state.get("fingerprint", 0) if main_rank else 0  # the ranks' shares are added when it is read
     kept = start or -1  # no checkpoint has step 0: its lines are of an earlier attempt
     log, bad_log = (RunLog(job.run / f"{n}.jsonl", kept) if main_rank else None for n in ("log", "journal"))
-    sections, names = job.built.sections, cfg.train.trackers
-    tracking = Trackers(job.run, names, sections, log, ended=start == total) if log is not None else None
+    if log is not None:
+        Trackers(job.run, cfg.train.trackers, job.built.sections, log, ended=start == total)
+        if state.get("start") and start < total:
+            log.write(step=start, **state["start"])
     progress_line = Progress(start, total, batch_size=batch_size, main=main_rank)
     waiting = stages.Waiting(num_workers(cfg.train.workers))
     excess: str | None = None
@@ -213,8 +220,8 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
     status(job, "done" if code == DONE else "stopped", total if code == DONE else step)
     last_words = f"done: {job.run}" if code == DONE else f"stopped at step {step}; the same command resumes"
     say(last_words, main=main_rank)
-    if tracking is not None:
-        tracking.close()
+    if log is not None:
+        log.close()
     return code
 
 
@@ -291,6 +298,7 @@ def save(job: Job, step: int, fingerprint: int, averages: Averages) -> None:
         "fingerprint": fingerprint,
         "averages": averages.state(ranks.add),
         "bad": job.journal.state(),
+        "ranks": ranks.place()[1],
         "order": job.sequence.identity(),
         "experiment": config.digest(job.experiment),
         "versions": {"mimstream": __version__, "torch": torch.__version__},

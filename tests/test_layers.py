@@ -13,7 +13,7 @@ LEVELS = [
     {"mim.data", "mim.encoders", "mim.optim"},
     {"mim.objectives", "mim.ranks", "mim.tracker_kinds"},
     {"mim.checkpoint", "mim.trackers"},
-    {"mim.layouts", "mim.resample", "mim.frozen_networks"},
+    {"mim.layouts", "mim.resample", "mim.frozen_networks", "mim.resume"},
     {"mim.weight_files", "mim.hf_layouts"},
     {"mim.weights", "mim.classifying_teacher", "mim.hf_head"},
     {"mim.build", "mim.released_tokenizers"},

@@ -52,7 +52,8 @@ def recorder(monkeypatch):
 
 def follow(folder, cut_at, *, ended=False):
     log = RunLog(folder / "log.jsonl", cut_at)
-    return log, trackers.Trackers(folder, ["tensorboard"], {"data": {"path": "x"}}, log, ended=ended)
+    trackers.Trackers(folder, ["tensorboard"], {"data": {"path": "x"}}, log, ended=ended)
+    return log
 
 
 def steps(told):
@@ -79,31 +80,31 @@ def test_an_unknown_tracker_is_refused_with_the_known_ones_and_nothing_is_writte
 
 def test_a_tracker_is_told_the_numbers_of_training_and_evaluations_and_no_others(tmp_path, recorder):
     told = recorder()
-    log, following = follow(tmp_path, -1)
+    log = follow(tmp_path, -1)
     log.write("train", 2, loss=0.5, skipped=0, fingerprint="ab", position=12)
     log.write("eval", 2, eval="knn", knn=0.25, protocol="k=3", classes={"a": 1})
     log.write("resumed", 2, ranks=4)
-    following.close()
+    log.close()
     assert told == [(2, {"loss": 0.5, "skipped": 0}), (2, {"knn/knn": 0.25}), "finished"]
 
 
 def test_what_cannot_be_taken_back_is_not_told_again_after_a_resume(tmp_path, recorder):
     told = recorder()
     for cut_at, written in ((-1, (2, 4, 6)), (2, (4, 6, 8))):
-        log, following = follow(tmp_path, cut_at)
+        log = follow(tmp_path, cut_at)
         for step in written:
             log.write("train", step, loss=float(step))
-        following.close()
+        log.close()
     assert steps(told) == [2, 4, 6, 8]
 
 
 def test_what_can_be_taken_back_is_told_again_from_the_resumed_step_on(tmp_path, recorder):
     told = recorder(takes_back=True)
     for cut_at, written in ((-1, (2, 4, 6)), (2, (4, 6, 8))):
-        log, following = follow(tmp_path, cut_at)
+        log = follow(tmp_path, cut_at)
         for step in written:
             log.write("train", step, loss=float(step))
-        following.close()
+        log.close()
     assert steps(told) == [2, 4, 6, 4, 6, 8]
 
 
@@ -114,17 +115,17 @@ def test_a_tracker_that_is_switched_on_later_is_told_what_came_before(tmp_path, 
     for step in (2, 4):
         before.write("train", step, loss=float(step))
     before.close()
-    _, following = follow(tmp_path, 4, ended=ended)
-    following.close()
+    log = follow(tmp_path, 4, ended=ended)
+    log.close()
     assert steps(told) == [2, 4]
 
 
 def test_a_finished_run_that_is_rerun_does_not_open_its_trackers_again(tmp_path, recorder):
     told = recorder()
-    log, following = follow(tmp_path, -1)
+    log = follow(tmp_path, -1)
     log.write("train", 2, loss=0.5)
-    following.close()
-    follow(tmp_path, 2, ended=True)[1].close()
+    log.close()
+    follow(tmp_path, 2, ended=True).close()
     assert told == [(2, {"loss": 0.5}), "finished"]
 
 
@@ -132,9 +133,9 @@ def test_an_unreadable_mark_begins_a_new_run_of_the_tracker(tmp_path, recorder):
     told = recorder()
     (tmp_path / "trackers").mkdir()
     (tmp_path / "trackers/tensorboard.json").write_text('{"told": [')
-    log, following = follow(tmp_path, -1)
+    log = follow(tmp_path, -1)
     log.write("train", 2, loss=0.5)
-    following.close()
+    log.close()
     assert steps(told) == [2]
 
 
@@ -143,10 +144,10 @@ def test_an_unreadable_mark_begins_a_new_run_of_the_tracker(tmp_path, recorder):
 
 def test_a_tracker_that_fails_is_told_later_what_it_missed_and_the_line_on_it_is_said_once(tmp_path, recorder, capsys):
     told = recorder(fails=lambda count: count in (2, 3))
-    log, following = follow(tmp_path, -1)
+    log = follow(tmp_path, -1)
     for step in (2, 4, 6, 8):
         log.write("train", step, loss=float(step))
-    following.close()
+    log.close()
     assert steps(told) == [2, 4, 6, 8]
     said = capsys.readouterr().err
     assert said.count("tracker tensorboard failed (OSError: no route to host https://tracker.example/api)") == 1, said
@@ -174,11 +175,11 @@ def test_a_tracker_that_hangs_holds_up_neither_the_run_nor_its_end(tmp_path, rec
 
     recorder(tracker=Hanging([]))
     monkeypatch.setattr(trackers, "PATIENCE", 0.1)
-    log, following = follow(tmp_path, -1)
+    log = follow(tmp_path, -1)
     began = time.monotonic()
     for step in range(100):
         log.write("train", step, loss=0.0)
-    following.close()
+    log.close()
     assert time.monotonic() - began < 20
     assert "has not been told all of the log" in capsys.readouterr().err
     released.set()
@@ -240,12 +241,12 @@ def real(tmp_path, monkeypatch):
         Image.new("RGB", (8, 6), "red").save(tmp_path / "pictures/masks-00000002.png")
         for cut_at, written in ((-1, (2, 4, 6)), (2, (4, 6, 8))):
             log = RunLog(tmp_path / "log.jsonl", cut_at)
-            following = trackers.Trackers(tmp_path, [name], {"optim": {"lr": 0.1}}, log, ended=False)
+            trackers.Trackers(tmp_path, [name], {"optim": {"lr": 0.1}}, log, ended=False)
             for step in written:
                 log.write("train", step, loss=float(step))
                 if step == 2:
                     log.write("eval", 2, eval="masks", masks="elsewhere/masks-00000002.png")
-            following.close()
+            log.close()
         return tmp_path / "trackers", json.loads((tmp_path / f"trackers/{name}.json").read_text())
 
     return told
