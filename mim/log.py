@@ -6,6 +6,7 @@ log.jsonl is the truth: one JSON object a line, each with `step` and `event`; a 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -76,12 +77,22 @@ class RunLog:
         kept = [line for line, entry in _whole_lines(path) if entry["step"] <= step]
         with aside(path) as file:
             file.writelines(f"{line}\n" for line in kept)
-        self._file: IO[str] = path.open("a")
+        self._file = path.open("ab", buffering=0)
+        self._pending = b""  # what a full disk did not take yet
 
     def write(self, event: str, step: int, **values: Any) -> None:
+        """Add a line. On a full disk it waits for the next one: training does not end for want of a line."""
         entry = {"event": event, "step": step, **values}
-        self._file.write(json.dumps(entry) + "\n")
-        self._file.flush()
+        full = bool(self._pending)
+        self._pending += (json.dumps(entry) + "\n").encode()
+        try:
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) :]
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            if not full:
+                say(f"{self._file.name} takes no more lines: {error.strerror}; they wait until there is space")
         for follower in self.followers:
             follower.tell(entry)
 
