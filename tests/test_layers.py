@@ -33,7 +33,7 @@ LEVELS = [
     {"mim.job", "mim.stopping"},
     {"mim.looking"},
     {"mim.train"},
-    {"mim.demo", "mim.plan", "mim.shard_commands", "mim.make_tokens"},
+    {"mim.demo", "mim.plan", "mim.shard_commands", "mim.checkpoint_commands", "mim.make_tokens"},
     {"mim.token_commands"},
     {"mim.__main__"},
 ]
