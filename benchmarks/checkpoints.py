@@ -3,9 +3,9 @@
     python benchmarks/checkpoints.py --model vit_small_patch16_224 --rounds 5
 
 The state is that of a run with AdamW and averaged weights: four times the model, in float32. Ways take turns in one
-process. `stands still` is the time until the loop has its thread back, `until written` the time until the checkpoint is
-committed (ours: hashed, synced, renamed and read again). Between the two, steps of a small model run in the loop; the
-median and the longest of them are given beside those without a save.
+process. `stands still` is the time until the loop has its thread back, and how much of it was computing; `until
+written` the time until the checkpoint is committed (ours: hashed, synced, renamed and read again). Between the two,
+steps of a small model run in the loop; the median and the longest of them stand beside those without a save.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,7 +27,8 @@ from torch import Tensor, nn
 
 from mim.saver import Saver
 
-Wait = Callable[[], None]
+Ended = Callable[[], bool]
+Start = Callable[[int], Ended]
 
 
 def state_of(model: str) -> dict[str, Tensor]:
@@ -36,25 +38,26 @@ def state_of(model: str) -> dict[str, Tensor]:
     return {f"{part}.{name}": torch.rand_like(value) for part in parts for name, value in weights.items()}
 
 
-def ways(state: dict[str, Tensor], folder: Path) -> dict[str, Callable[[int], Wait]]:
-    """Start a save; what is returned waits for its end."""
+def ways(state: dict[str, Tensor], folder: Path) -> dict[str, Start]:
+    """Start a save; what is returned tells whether it ended, and fails if the save failed."""
     saver = Saver(folder / "ours", None, keep=2)
 
-    def background(step: int) -> Wait:
+    def background(step: int) -> Ended:
         saver.save(step, state, {})
-        return saver.wait
+        return lambda: saver.check() or saver._save is None
 
-    def waited(step: int) -> Wait:
+    def waited(step: int) -> Ended:
         saver.save(step, state, {}, wait=True)
-        return lambda: None
+        return lambda: True
 
-    def torch_async(step: int) -> Wait:
-        future = dcp.async_save(state, checkpoint_id=folder / f"dcp-{step}", no_dist=True)
-        return lambda: _finished(future, folder / f"dcp-{step}")
+    def torch_async(step: int) -> Ended:
+        shutil.rmtree(folder / "dcp", ignore_errors=True)
+        future = dcp.async_save(state, checkpoint_id=folder / "dcp", no_dist=True)
+        return lambda: future.done() and future.result() is not None  # type: ignore[union-attr]
 
-    def torch_save(step: int) -> Wait:
+    def torch_save(step: int) -> Ended:
         torch.save(state, folder / "state.pt")
-        return lambda: None
+        return lambda: True
 
     return {
         "ours, in the background": background,
@@ -64,15 +67,10 @@ def ways(state: dict[str, Tensor], folder: Path) -> dict[str, Callable[[int], Wa
     }
 
 
-def _finished(future: object, folder: Path) -> None:
-    future.result()  # type: ignore[attr-defined]
-    shutil.rmtree(folder)
-
-
 def stepper() -> Callable[[], float]:
     """One step of a small model on the CPU; returns its seconds."""
     model = nn.Sequential(nn.Linear(384, 1536), nn.GELU(), nn.Linear(1536, 384))
-    images = torch.rand(256, 384)
+    images = torch.rand(64, 384)
 
     def step() -> float:
         began = time.perf_counter()
@@ -82,18 +80,22 @@ def stepper() -> Callable[[], float]:
     return step
 
 
-def measure(start: Callable[[int], Wait], number: int, step: Callable[[], float], steps: int) -> dict[str, float]:
-    began = time.perf_counter()
-    wait = start(number)
-    still = time.perf_counter() - began
-    times = [step() for _ in range(steps)]
-    wait()
-    written = time.perf_counter() - began
+def measure(start: Start, number: int, step: Callable[[], float]) -> dict[str, float]:
+    """Save once, and run steps in the loop until the save ended, ten at least."""
+    began, cpu = time.perf_counter(), time.thread_time()
+    ended = start(number)
+    still, cpu = time.perf_counter() - began, time.thread_time() - cpu
+    written, times = None, []
+    while written is None or len(times) < 10:
+        if written is None and ended():
+            written = time.perf_counter() - began
+        times.append(step())
     return {
-        "stands_still_s": still,
-        "until_written_s": written,
-        "step_ms": 1e3 * statistics.median(times),
-        "longest_step_ms": 1e3 * max(times),
+        "stands still, s": still,
+        "of it CPU, s": cpu,
+        "until written, s": written,
+        "step, ms": 1e3 * statistics.median(times),
+        "longest step, ms": 1e3 * max(times),
     }
 
 
@@ -101,7 +103,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_small_patch16_224", help="timm's name")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=50, help="steps that run while a save is written")
     parser.add_argument("--folder", type=Path, help="where to write; default: a temporary folder")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     args = parser.parse_args()
@@ -109,10 +110,11 @@ def main() -> None:
     state, step = state_of(args.model), stepper()
     found: dict[str, list[dict[str, float]]] = {}
     try:
-        starts = {"no save": lambda _number: lambda: None, **ways(state, folder)}
+        starts = {"no save": lambda _number: lambda: True, **ways(state, folder)}
         for number in range(args.rounds + 1):
             for name, start in starts.items():
-                values = measure(start, number + 1, step, args.steps)
+                values = measure(start, number + 1, step)
+                print(number, name, {key: round(value, 3) for key, value in values.items()}, file=sys.stderr)
                 if number:  # the first round gets memory
                     found.setdefault(name, []).append(values)
     finally:
