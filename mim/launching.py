@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,7 +40,7 @@ class Wrapped:
     how: str  # for the start lines
 
 
-def launch(machine: Machine, run: Path, *, patience: float | None) -> Accelerator:
+def launch(machine: Machine, *, patience: float | None) -> Accelerator:
     """Find this process's place among the others, and its device and precision.
 
     `patience` are the watchdog's seconds, which collectives wait longer than; None: torch's own limits.
@@ -54,8 +53,6 @@ def launch(machine: Machine, run: Path, *, patience: float | None) -> Accelerato
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=machine.precision,
-        log_with=machine.trackers or None,
-        project_dir=str(run),
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
             *watchdog.group_options(patience),

@@ -35,6 +35,7 @@ from mim import (
     lease,
     optim,
     ranks,
+    resume,
     sharding,
     weights,
 )
@@ -50,6 +51,7 @@ from mim.rollback import roll_back
 from mim.saver import Saver
 from mim.status import Status
 from mim.stopping import DONE, STOPPED, Stop, deadline, either, seconds
+from mim.trackers import Trackers, check_installed
 
 
 def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop | None = None) -> int:
@@ -72,9 +74,11 @@ def prepare_and_fit(
     run = Path(cfg.train.run or f"runs/{Path(recipe).stem}").expanduser()
 
     # ---- launch ------------------------------------------------------------------------------------------------------
-    accelerator = launching.launch(cfg.train, run, patience=patience)
+    accelerator = launching.launch(cfg.train, patience=patience)
     main_rank = accelerator.is_main_process
     board = Board.open()
+    if main_rank:
+        check_installed(cfg.train.trackers)
     held = None if dry_run else at_exit.enter_context(lease.hold(run))
 
     # ---- data and networks -------------------------------------------------------------------------------------------
@@ -94,7 +98,8 @@ def prepare_and_fit(
 
     # ---- run directory -----------------------------------------------------------------------------------------------
     learned = experiment.identity(built.sections, dataset)
-    resumed = experiment.find_resume(run, learned, main_rank)
+    found = resume.find(run, learned, accelerator.device)
+    resumed = found.checkpoint
     with board.main_first("weights"):  # one process downloads what encoder.init names
         start = weights.start(built, cfg.init.run, optimizer=cfg.init.optimizer, resumed=resumed is not None)
     for line in (*start.lines(), *verdict):
@@ -113,6 +118,8 @@ def prepare_and_fit(
     accelerator.wait_for_everyone()
     if main_rank:
         experiment.open_run(run, recipe, built.sections, learned, start)
+    accelerator.wait_for_everyone()
+    resume.check_shared(run, accelerator.device)
     name = Path(recipe).stem
     begins = checkpoint.step_of(resumed) if resumed is not None else 0
     attendant = Attendant(board, Status(run, name, rates.total_steps, begins), patience=patience, deadline=limit)
@@ -143,11 +150,11 @@ def prepare_and_fit(
         if accelerator.scaler is not None and state.get("scaler"):
             accelerator.scaler.load_state_dict(state["scaler"])
         say(
-            f"resumed at step {state['step']} of {rates.total_steps}, position {state['position']} of the stream",
+            f"resumed at step {state['step']} of {rates.total_steps}, position {state['position']} of the stream, from "
+            f"{resumed.name} of {state.get('ranks', '?')} ranks",
             main=main_rank,
         )
-    if cfg.train.trackers:
-        accelerator.init_trackers("mimstream")
+    state["start"] = found.account(state, ranks=accelerator.num_processes)
     keep_every = intervals(cfg, len(dataset)).get("keep")
     saver = at_exit.enter_context(
         Saver(run, held, keep=cfg.train.keep, keep_every=keep_every, failed_saves=cfg.train.failed_saves)
@@ -178,6 +185,10 @@ def fit(job: Job, state: dict[str, Any], saver: Saver, stop: Stop) -> int:
         RunLog(job.run / f"{name}.jsonl", kept, again=pending, rollbacks=rollbacks) if main_rank else None
         for name in ("log", "journal")
     )
+    if log is not None:
+        Trackers(job.run, cfg.train.trackers, job.built.sections, log, ended=start == total)
+        if state.get("start") and start < total:
+            log.write(step=start, **state["start"])
     guard = Guard(cfg.train.guard, quiet_until=job.rates.warmup_steps, scaled=accelerator.scaler is not None)
     guard.restore(state.get("guard", {}))
     incident = None
@@ -266,7 +277,6 @@ def fit(job: Job, state: dict[str, Any], saver: Saver, stop: Stop) -> int:
             values |= {"num_bad": len(job.journal.bad), **progress_line.rates(step)}
             fingerprint = ranks.total_fingerprint(fingerprint, device, main_rank)
             progress_line.show(step, values)
-            accelerator.log(values, step=step)
             skipped = guard.skipped()
             if log is not None:
                 for number in skipped:
@@ -303,8 +313,8 @@ def fit(job: Job, state: dict[str, Any], saver: Saver, stop: Stop) -> int:
     status(job, "done" if code == DONE else "stopped", total if code == DONE else step, reason=reason, code=code)
     last_words = f"done: {job.run}" if code == DONE else f"stopped at step {step}; the same command resumes"
     say(last_words, main=main_rank)
-    if cfg.train.trackers:
-        accelerator.end_training()
+    if log is not None:
+        log.close()
     return code
 
 
@@ -382,6 +392,7 @@ def save(job: Job, saver: Saver, step: int, going_on: dict[str, Any], *, wait: b
         "interventions": [one._asdict() for one in job.rates.interventions],
         **going_on,
         "bad": job.journal.state(),
+        "ranks": ranks.place()[1],
         "order": job.sequence.identity(),
         "scaler": job.accelerator.scaler.state_dict() if job.accelerator.scaler is not None else None,  # of fp16
         "experiment": config.digest(job.experiment),
