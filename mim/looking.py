@@ -19,12 +19,14 @@ from mim.schedules import to_steps
 
 
 def intervals(cfg: Config, num_images: int) -> dict[str, int]:
-    """Steps between logs, saves and each evaluation."""
+    """Steps between logs, saves, checkpoints that stay (where the recipe says so) and each evaluation."""
     durations = {"log": cfg.train.log_every, "save": cfg.train.save_every}
     for name, section in cfg.evals.items():
         config.component("mim.evals", eval_section(name, section), f"evals.{name}")
         durations[name] = section["every"]
-    where = {"log": "train.log_every", "save": "train.save_every"}
+    if cfg.train.keep_every is not None:
+        durations["keep"] = cfg.train.keep_every
+    where = {"log": "train.log_every", "save": "train.save_every", "keep": "train.keep_every"}
     steps = {}
     for name, duration in durations.items():
         key = where.get(name, f"evals.{name}.every")
@@ -61,7 +63,6 @@ def look(job: Job, name: str, step: int, log: RunLog | None) -> None:
         job.card = numbers
     shown = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items() if "/" not in key)  # not of every class
     say(f"step {step}/{job.rates.total_steps}  {name}: {shown or ', '.join(pictures.values())}", main=main_rank)
-    job.accelerator.log({f"{name}/{key}": value for key, value in numbers.items()}, step=step)
     if log is not None:
         log.write("eval", step, eval=name, protocol=protocol(loaded, cfg), **numbers, **pictures)
 

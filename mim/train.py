@@ -30,8 +30,10 @@ from mim import (
     experiment,
     frozen_networks,
     interventions,
+    lease,
     optim,
     ranks,
+    resume,
     weights,
 )
 from mim.contracts import Batch, DataError
@@ -41,7 +43,9 @@ from mim.job import Config, Job, num_workers, status
 from mim.log import Averages, Progress, RunLog, say
 from mim.looking import averaged, intervals, look
 from mim.rollback import roll_back
+from mim.saver import Saver
 from mim.stopping import DONE, STOPPED, Stop, stop_signals
+from mim.trackers import Trackers, check_installed
 
 
 def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop | None = None) -> int:
@@ -49,6 +53,14 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
 
     `stop(step)` is asked after optimizer steps; by default it answers yes after SIGTERM or Ctrl-C.
     """
+    with contextlib.ExitStack() as at_exit:
+        return prepare_and_fit(recipe, overrides, dry_run=dry_run, stop=stop, at_exit=at_exit)
+
+
+def prepare_and_fit(
+    recipe: str, overrides: list[str], *, dry_run: bool, stop: Stop | None, at_exit: contextlib.ExitStack
+) -> int:
+    """Wire everything that a recipe names, then train; what must be given back at the end goes to `at_exit`."""
     # ---- recipe ------------------------------------------------------------------------------------------------------
     cfg = config.typed(Config, config.read(recipe, overrides))
     run = Path(cfg.train.run or f"runs/{Path(recipe).stem}").expanduser()
@@ -57,11 +69,12 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
     accelerator = Accelerator(
         cpu=cfg.train.cpu or not torch.accelerator.is_available(),
         mixed_precision=cfg.train.precision,
-        log_with=cfg.train.trackers or None,
-        project_dir=str(run),
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
     main_rank = accelerator.is_main_process
+    if main_rank:
+        check_installed(cfg.train.trackers)
+    held = None if dry_run else at_exit.enter_context(lease.hold(run))
 
     # ---- data and networks -------------------------------------------------------------------------------------------
     with accelerator.main_process_first():
@@ -80,7 +93,8 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
 
     # ---- run directory -----------------------------------------------------------------------------------------------
     learned = experiment.identity(built.sections, dataset)
-    resumed = experiment.find_resume(run, learned, main_rank)
+    found = resume.find(run, learned, accelerator.device)
+    resumed = found.checkpoint
     with accelerator.main_process_first():  # one process downloads what encoder.init names
         start = weights.start(built, cfg.init.run, optimizer=cfg.init.optimizer, resumed=resumed is not None)
     for line in (*start.lines(), *verdict):
@@ -99,6 +113,8 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
     accelerator.wait_for_everyone()
     if main_rank:
         experiment.open_run(run, recipe, built.sections, learned, start)
+    accelerator.wait_for_everyone()
+    resume.check_shared(run, accelerator.device)
 
     # ---- model and optimizer -----------------------------------------------------------------------------------------
     optimizer = optim.create(built.objective, cfg.optim)
@@ -118,21 +134,26 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
         job.card = tokenizers.score_card(resumed)
         journal.restore(state.get("bad", []))
         say(
-            f"resumed at step {state['step']} of {rates.total_steps}, position {state['position']} of the stream",
+            f"resumed at step {state['step']} of {rates.total_steps}, position {state['position']} of the stream, from "
+            f"{resumed.name} of {state.get('ranks', '?')} ranks",
             main=main_rank,
         )
-    if cfg.train.trackers:
-        accelerator.init_trackers("mimstream")
+    state["start"] = found.account(state, ranks=accelerator.num_processes)
+    keep_every = intervals(cfg, len(dataset)).get("keep")
+    saver = at_exit.enter_context(
+        Saver(run, held, keep=cfg.train.keep, keep_every=keep_every, failed_saves=cfg.train.failed_saves)
+    )
     with stop_signals() as signalled:
-        return fit(job, state, stop or signalled)
+        return fit(job, state, saver, stop or signalled)
 
 
-def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
+def fit(job: Job, state: dict[str, Any], saver: Saver, stop: Stop) -> int:
     """Train from a saved state to the end, or until a stop is asked for. Returns the exit code.
 
     When the guard finds the training gone wrong it goes on from an earlier checkpoint, by calling itself.
-    Raises DataError above the budget of bad samples, after the step is saved: a larger budget goes on from there; and
-    NumericsError when no return to a checkpoint helps.
+    Raises DataError above the budget of bad samples, after the step is saved: a larger budget goes on from there;
+    NumericsError when no return to a checkpoint helps; StorageError on all ranks when checkpoints cannot be written
+    (mim/saver.py).
     """
     cfg, accelerator, model, optimizer = job.cfg, job.accelerator, job.model, job.optimizer
     device, world, main_rank = accelerator.device, accelerator.num_processes, accelerator.is_main_process
@@ -148,10 +169,15 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
         RunLog(job.run / f"{name}.jsonl", kept, rollbacks=rollbacks) if main_rank else None
         for name in ("log", "journal")
     )
+    if log is not None:
+        Trackers(job.run, cfg.train.trackers, job.built.sections, log, ended=start == total)
+        if state.get("start") and start < total:
+            log.write(step=start, **state["start"])
     guard = Guard(cfg.train.guard, quiet_until=job.rates.warmup_steps, scaled=accelerator.scaler is not None)
     guard.restore(state.get("guard", {}))
     incident = None
     progress_line = Progress(start, total, batch_size=batch_size, main=main_rank)
+    saver.tell = lambda event, at, **values: tell(job, log, event, at, **values)
     waiting = stages.Waiting(num_workers(cfg.train.workers))
     excess: str | None = None
     status(job, "running", start)
@@ -211,6 +237,8 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
         # ---- log, look, save -----------------------------------------------------------------------------------------
         ending = step == total
         logging = ending or step % every["log"] == 0
+        if world == 1 or logging:
+            saver.check()
         stopping = ranks.agree(stop(step)) if world == 1 or logging else False
         saving = stopping or ending or step % every["save"] == 0
         if logging or saving:
@@ -223,7 +251,6 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
             values |= {"num_bad": len(job.journal.bad), **progress_line.rates(step)}
             fingerprint = ranks.total_fingerprint(fingerprint, device, main_rank)
             progress_line.show(step, values)
-            accelerator.log(values, step=step)
             skipped = guard.skipped()
             if log is not None:
                 for number in skipped:
@@ -237,16 +264,17 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
                 look(job, name, step, log)
         if saving or excess:
             fingerprint = ranks.total_fingerprint(fingerprint, device, main_rank)
-            save(job, step, fingerprint, averages, guard)
+            save(job, saver, step, fingerprint, averages, guard, wait=bool(stopping or ending or excess))
         if excess or (stopping and not ending):
             break
 
     progress_line.close()
     if incident is not None:
         del batches  # its workers end
+        saver.wait()
         for file in filter(None, (log, bad_log)):
             file.close()
-        return fit(job, roll_back(job, guard, incident, batch), stop)
+        return fit(job, roll_back(job, saver, guard, incident, batch), saver, stop)
     if excess:
         status(job, "failed", step, reason=excess)
         raise DataError(f"{excess}; step {step} is saved, the same command goes on from there")
@@ -254,8 +282,8 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
     status(job, "done" if code == DONE else "stopped", total if code == DONE else step)
     last_words = f"done: {job.run}" if code == DONE else f"stopped at step {step}; the same command resumes"
     say(last_words, main=main_rank)
-    if cfg.train.trackers:
-        accelerator.end_training()
+    if log is not None:
+        log.close()
     return code
 
 
@@ -323,8 +351,8 @@ def clip(accelerator: Accelerator, model: nn.Module, max_norm: float | None) -> 
 # ---- log, look, save -----------------------------------------------------------------------------
 
 
-def save(job: Job, step: int, fingerprint: int, averages: Averages, guard: Guard) -> None:
-    """Write a checkpoint (all ranks)."""
+def save(job: Job, saver: Saver, step: int, fingerprint: int, averages: Averages, guard: Guard, *, wait: bool) -> None:
+    """Write a checkpoint (all ranks) in the background, or `wait` for it."""
     buffers = dict(job.objective.named_buffers())
     ranks.share([*buffers.values(), *(job.ema[name] for name in buffers if name in job.ema)])  # whichever rank writes
     state = {
@@ -334,15 +362,21 @@ def save(job: Job, step: int, fingerprint: int, averages: Averages, guard: Guard
         "fingerprint": fingerprint,
         "averages": averages.state(ranks.add),
         "bad": job.journal.state(),
+        "ranks": ranks.place()[1],
         "order": job.sequence.identity(),
         "experiment": config.digest(job.experiment),
         "versions": {"mimstream": __version__, "torch": torch.__version__},
     }
     tensors = checkpoint.gather_tensors(job.model, job.optimizer.optimizer, job.ema)
-    checkpoint.save(
-        job.run, step, tensors, state, keep=job.cfg.train.keep, write_extra=lambda folder: write_tokenizer(job, folder)
-    )
+    saver.save(step, tensors, state, write_extra=lambda folder: write_tokenizer(job, folder), wait=wait)
     status(job, "running", step)
+
+
+def tell(job: Job, log: RunLog | None, event: str, step: int, **values: Any) -> None:
+    """Put what happened to a save into log.jsonl and status.json."""
+    if log is not None:
+        log.write(event, step, **values)
+    status(job, "failed" if values["stops"] else "running", step, reason=values["reason"])
 
 
 def write_tokenizer(job: Job, folder: Path) -> None:

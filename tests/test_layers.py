@@ -9,11 +9,14 @@ ROOT = Path(__file__).parent.parent
 LEVELS = [
     {"tokenizer", "mim.patches", "mim.masking", "mim.schedules", "mim.initialization", "mim.code_loss", "mim.logistic"}
     | {"mim.interventions"},
-    {"mim.contracts", "mim.config", "mim.log", "mim.backbone", "mim.survey", "mim.batch_norm"},
+    {"mim.contracts", "mim.config", "mim.log", "mim.backbone", "mim.survey", "mim.batch_norm", "mim.save_stages"},
     {"mim.segmentation_heads"},
     {"mim.data", "mim.encoders", "mim.optim"},
-    {"mim.objectives", "mim.ranks"},
-    {"mim.checkpoint", "mim.guard"},
+    {"mim.objectives", "mim.ranks", "mim.tracker_kinds"},
+    {"mim.snapshot", "mim.lease", "mim.trackers", "mim.guard"},
+    {"mim.checkpoint"},
+    {"mim.retention", "mim.resume"},
+    {"mim.saver"},
     {"mim.layouts", "mim.resample", "mim.frozen_networks"},
     {"mim.weight_files", "mim.hf_layouts"},
     {"mim.weights", "mim.classifying_teacher", "mim.hf_head"},
@@ -31,7 +34,7 @@ LEVELS = [
     {"mim.job", "mim.stopping"},
     {"mim.looking", "mim.rollback"},
     {"mim.train"},
-    {"mim.demo", "mim.plan", "mim.shard_commands", "mim.make_tokens"},
+    {"mim.demo", "mim.plan", "mim.shard_commands", "mim.checkpoint_commands", "mim.make_tokens"},
     {"mim.token_commands"},
     {"mim.__main__"},
 ]

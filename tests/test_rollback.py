@@ -260,9 +260,11 @@ def test_without_a_checkpoint_to_return_to_the_run_stops_and_says_so(path, tmp_p
 def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(path, tmp_path):
     run(path, tmp_path / "run", stop=lambda step: step == 8)
     state_file = tmp_path / "run/checkpoints/step-00000006/state.json"
-    assert rollback.last_good(tmp_path / "run", Incident(9, 8, "")).name == "step-00000006"
+    assert rollback.last_good(tmp_path / "run", Incident(9, 8, ""), torch.device("cpu")).name == "step-00000006"
     state_file.write_text(state_file.read_text() + " ")
-    assert rollback.last_good(tmp_path / "run", Incident(9, 8, "")) is None  # the older one was pruned
+    assert (
+        rollback.last_good(tmp_path / "run", Incident(9, 8, ""), torch.device("cpu")) is None
+    )  # the older one was pruned
 
 
 def test_summaries_count_what_is_not_finite_and_measure_the_rest():
