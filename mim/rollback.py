@@ -64,8 +64,8 @@ def roll_back(job: Job, saver: Saver, guard: Guard, incident: Incident, batch: B
         log.close()
     ranks.wait()
     state = checkpoint.restore(good, job.model, job.optimizer.optimizer, job.ema)
-    if job.accelerator.scaler is not None:
-        job.accelerator.scaler.update(2.0**16)  # where a new one starts, as after a resume
+    if job.accelerator.scaler is not None and state.get("scaler"):
+        job.accelerator.scaler.load_state_dict(state["scaler"])
     job.journal.restore(state.get("bad", []))
     kept = [one._asdict() for one in (*before, intervention)]
     return {**state, "interventions": kept}

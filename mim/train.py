@@ -127,12 +127,15 @@ def prepare_and_fit(
     name = Path(recipe).stem
     job = Job(cfg, run, built, rates, dataset, sequence, journal, learned, accelerator, model, optimizer, ema, name)
     state: dict[str, Any] = {"step": 0, "look": start.report is not None}
+    optim.allocate(optimizer.optimizer)
     if start.optimizer is not None:
         checkpoint.restore_optimizer(start.optimizer, model, optimizer.optimizer)
     if resumed is not None:
         state = checkpoint.restore(resumed, model, optimizer.optimizer, ema)
         job.card = tokenizers.score_card(resumed)
         journal.restore(state.get("bad", []))
+        if accelerator.scaler is not None and state.get("scaler"):
+            accelerator.scaler.load_state_dict(state["scaler"])
         say(
             f"resumed at step {state['step']} of {rates.total_steps}, position {state['position']} of the stream, from "
             f"{resumed.name} of {state.get('ranks', '?')} ranks",
@@ -216,12 +219,10 @@ def fit(job: Job, state: dict[str, Any], saver: Saver, stop: Stop) -> int:
             fingerprint = (fingerprint + batch["fingerprint"]) % stream.FINGERPRINT_MODULUS
             job.journal.add(step, batch["bad"])
 
-        # ---- update; skipped on the device when the gradient is not finite -------------------------------------------
+        # ---- update; skipped when the gradient is not finite ---------------------------------------------------------
         norm = clip(accelerator, model, cfg.optim.clip_grad)
         finite = torch.isfinite(norm)
-        if accelerator.scaler is None:
-            optimizer.optimizer.found_inf = (~finite).float()
-        optimizer.step()
+        optim.update(optimizer, finite, accelerator.scaler)
         optimizer.zero_grad()
         averages.add_step({"grad_norm": torch.where(finite, norm, 0.0), "skipped": ~finite}, world, finite=finite)
         guard.close(finite, norm)
@@ -364,6 +365,7 @@ def save(job: Job, saver: Saver, step: int, fingerprint: int, averages: Averages
         "bad": job.journal.state(),
         "ranks": ranks.place()[1],
         "order": job.sequence.identity(),
+        "scaler": job.accelerator.scaler.state_dict() if job.accelerator.scaler is not None else None,  # of fp16
         "experiment": config.digest(job.experiment),
         "versions": {"mimstream": __version__, "torch": torch.__version__},
     }

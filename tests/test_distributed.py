@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mim import build, checkpoint, config
+from mim import build, checkpoint, config, optim
 from mim.evals import accuracy
 from mim.exports import timm as exports
 from tests import damage
@@ -20,11 +20,15 @@ from tests.test_train import dataset, lines, recipe, run, tensors  # noqa: F401 
 ROOT = Path(__file__).parent.parent
 
 
-def torchrun(path: str, folder: Path, *overrides: str, ranks: int = 2) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks),
-               "-m", "mim", "train", path, f"train.run={folder}", "train.cpu=true", *overrides]  # fmt: skip
+def launch(*module: str, ranks: int = 2) -> subprocess.CompletedProcess:
+    """Run a module with its arguments on so many processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run([*command, *module], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def torchrun(path: str, folder: Path, *overrides: str, ranks: int = 2) -> subprocess.CompletedProcess:
+    return launch("mim", "train", path, f"train.run={folder}", "train.cpu=true", *overrides, ranks=ranks)
 
 
 @pytest.mark.parametrize("kind", ["mae", "dvae", "vqkd"])
@@ -116,6 +120,12 @@ def test_accuracy_in_the_loop_of_two_processes_is_that_of_one_on_the_saved_run(d
     assert {name: logged[name] for name in alone} == alone
     assert alone["count"] == 23
     assert launched.stderr.count("accuracy: accuracy") == 1
+
+
+def test_an_infinite_gradient_of_one_process_is_skipped_by_both():
+    launched = launch("tests.one_bad_rank")
+    assert launched.returncode == 0, launched.stderr
+    assert launched.stdout.count("stayed and moved on both") == 2 * len(optim.BETAS)
 
 
 def test_a_wrong_batch_size_is_one_sentence_on_two_processes(dataset, tmp_path):  # noqa: F811
