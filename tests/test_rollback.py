@@ -13,13 +13,14 @@ import torch
 from test_distributed import ROOT, torchrun
 from test_train import assert_same, dataset, lines, recipe, tensors  # noqa: F401  (dataset is a fixture)
 
-from mim import checkpoint, rollback, stopping, train
-from mim.contracts import NumericsError
+from mim import checkpoint, lease, rollback, stopping, train
+from mim.contracts import NumericsError, StorageError
 from mim.data import mixture
 from mim.data.order import key64
 from mim.data.shards import Dataset
 from mim.data.stream import FINGERPRINT_MODULUS
 from mim.guard import Incident
+from mim.saver import Saver
 
 LENGTH, SAVED = 12, 3  # steps of the run, and between saves
 CHANGES = {"optim__length": f"{LENGTH} steps", "train__log_every": "1 steps", "train__save_every": f"{SAVED} steps"}
@@ -255,6 +256,16 @@ def test_without_a_checkpoint_to_return_to_the_run_stops_and_says_so(path, tmp_p
     spoil(monkeypatch, math.nan, [6, 12])
     with pytest.raises(NumericsError, match="there is no valid checkpoint of a step before 1 to return to"):
         run(path, tmp_path / "run")
+
+
+def test_a_run_directory_that_another_job_took_over_is_left_alone(tmp_path):
+    (tmp_path / "run").mkdir()
+    with lease.hold(tmp_path / "run") as held:
+        saver = Saver(tmp_path / "run", held, keep=2)
+        rollback.check_lease(saver)
+        held.token = "another"
+        with pytest.raises(StorageError, match="was taken over"):
+            rollback.check_lease(saver)
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(path, tmp_path):
