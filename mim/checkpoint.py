@@ -66,14 +66,12 @@ def averaged_tensors(objective: nn.Module) -> dict[str, Tensor]:
     return trained | {n: b for n, b in objective.named_buffers() if n in saved and b.is_floating_point()}
 
 
-def newest(run: Path, *, before: int | None = None, report: Callable[[str], None] = say) -> Path | None:
+def newest(run: Path, *, report: Callable[[str], None] = say) -> Path | None:
     """The newest valid checkpoint of a run; each rejected one is reported with its reason. None if there is none.
-
-    before: a step; only checkpoints of earlier ones are looked at.
 
     A run that has checkpoints, none of them valid, is an error: never a silent fresh start.
     """
-    folders = [folder for folder in list_checkpoints(run) if before is None or step_of(folder) < before]
+    folders = list_checkpoints(run)
     for folder in reversed(folders):
         reason = verify(folder)
         if reason is None:

@@ -13,29 +13,29 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from mim import checkpoint, ranks
-from mim.config import ConfigError
-from mim.contracts import Batch, NumericsError
+from mim import checkpoint, ranks, resume
+from mim.contracts import Batch, NumericsError, StorageError
 from mim.guard import MAX_ROLLBACKS, RATE_FACTOR, Guard, Incident
 from mim.interventions import Intervention
-from mim.job import Job, status
-from mim.log import RunLog, say, write_json
+from mim.job import Job
+from mim.log import RunLog, read_log, say, write_json
+from mim.saver import Saver
 
 
-def roll_back(job: Job, guard: Guard, incident: Incident, batch: Batch) -> dict[str, Any]:
+def roll_back(job: Job, saver: Saver, guard: Guard, incident: Incident, batch: Batch) -> dict[str, Any]:
     """Return the run to its newest good checkpoint (called on all ranks); returns the state to go on from.
 
-    `batch` is the last micro-batch. Raises NumericsError when the run was rolled back too often, or cannot be.
+    `batch` is the last micro-batch; no save is in flight. Raises NumericsError when the run was rolled back too often,
+    or cannot be; StorageError when its directory is another job's by now.
     """
     before = job.rates.interventions
-    good = last_good(job.run, incident)
+    good = last_good(job.run, incident, job.accelerator.device)
     refused = None
     if len(before) >= MAX_ROLLBACKS:
         refused = f"{MAX_ROLLBACKS} returns to a checkpoint did not help"
@@ -49,6 +49,7 @@ def roll_back(job: Job, guard: Guard, incident: Incident, batch: Batch) -> dict[
     file = write_incident(job, guard, incident, batch, intervention)
     if refused is not None or good is None or intervention is None:
         _give_up(job, incident, f"step {incident.step}: {incident.reason}, and {refused}; see {file}, and try")
+    check_lease(saver)
     said = (
         f"step {incident.step}: {incident.reason}; returning to {good}, leaving out {intervention.skipped} images, "
         f"at {intervention.rate_factor:g} times the rate (rollback {len(before) + 1} of {MAX_ROLLBACKS}; {file})"
@@ -76,24 +77,35 @@ def _give_up(job: Job, incident: Incident, sentence: str) -> NoReturn:
     if job.accelerator.is_main_process:
         with (job.run / "log.jsonl").open("a") as log:
             log.write(json.dumps({"event": "failed", "step": incident.step, "reason": incident.reason}) + "\n")
-    status(job, "failed", incident.step, reason=reason)
     raise NumericsError(reason)
 
 
-def last_good(run: Path, incident: Incident) -> Path | None:
-    """The newest valid checkpoint of a step before the first bad one, as the main rank finds it; None if there is none.
+def last_good(run: Path, incident: Incident, device: torch.device) -> Path | None:
+    """The newest valid checkpoint of a step before the first bad one (called on all ranks); None if there is none.
 
     A checkpoint is written before the next log finds out, so one of a later step may hold what went wrong.
     """
-    found = 0
-    if ranks.place()[0] == 0:
-        try:
-            folder = checkpoint.newest(run, before=incident.first)
-            found = checkpoint.step_of(folder) if folder is not None else 0
-        except ConfigError:  # there are some, and none is valid; each has been named
-            found = 0
-    step = int(ranks.told_by(0, torch.tensor(found)))
-    return next((folder for folder in checkpoint.list_checkpoints(run) if checkpoint.step_of(folder) == step), None)
+    main_rank = ranks.place()[0] == 0
+    names = [folder.name for folder in checkpoint.list_checkpoints(run)] if main_rank else []
+    folders = [run / "checkpoints" / name for name in ranks.gather(names, device)]
+    for folder in reversed([folder for folder in folders if checkpoint.step_of(folder) < incident.first]):
+        reason = resume.verify_together(folder, device)
+        if reason is None:
+            return folder
+        say(f"checkpoint {folder} is rejected: {reason}", main=main_rank)
+    return None
+
+
+def check_lease(saver: Saver) -> None:
+    """Raise StorageError on all ranks when another job has taken the run directory over: nothing is deleted then."""
+    taken = []
+    try:
+        if saver.lease is not None:
+            saver.lease.check()
+    except StorageError as error:
+        taken = [str(error)]
+    if told := ranks.gather(taken):
+        raise StorageError(told[0])
 
 
 def forget(run: Path, step: int) -> None:
@@ -131,7 +143,7 @@ def write_incident(job: Job, guard: Guard, incident: Incident, batch: Batch, int
     }
     if job.accelerator.is_main_process:
         after = intervention.step if intervention is not None else 0
-        report["log"] = [entry for entry in _entries(job.run / "log.jsonl") if entry["step"] > after]
+        report["log"] = [entry for entry in read_log(job.run / "log.jsonl") if entry["step"] > after]
         file.parent.mkdir(exist_ok=True)
         write_json(file, report)
     return file
@@ -211,8 +223,3 @@ def summaries(tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
 def _number(value: float) -> float | str:
     """JSON knows neither infinity nor nan."""
     return value if math.isfinite(value) else str(value)
-
-
-def _entries(log: Path) -> Iterable[dict[str, Any]]:
-    for line in log.read_text().splitlines():
-        yield json.loads(line)

@@ -305,7 +305,7 @@ def fit(job: Job, state: dict[str, Any], saver: Saver, stop: Stop) -> int:
         del batches  # its workers end
         for file in filter(None, (log, bad_log)):
             file.close()
-        return fit(job, roll_back(job, guard, incident, batch), saver, stop)
+        return fit(job, roll_back(job, saver, guard, incident, batch), saver, stop)
     if excess:
         raise DataError(f"{excess}; step {step} is saved, the same command goes on from there")
     code = DONE if (start == total or step == total) and not pending else STOPPED

@@ -77,6 +77,16 @@ def test_lines_that_a_full_disk_does_not_take_wait_for_space(tmp_path, capsys):
     assert capsys.readouterr().err.count("/dev/full takes no more lines: No space left on device") == 1
 
 
+def test_lines_of_a_rollback_that_the_state_does_not_know_are_dropped(tmp_path):
+    log = RunLog(tmp_path / "log.jsonl", 0)
+    log.write("train", 2, loss=1.0)
+    log.write("rollback", 2, rollback=1)
+    log.write("rollback", 2, rollback=2)
+    log.close()
+    RunLog(tmp_path / "log.jsonl", 2, rollbacks=1).close()
+    assert [entry.get("rollback") for entry in entries(tmp_path / "log.jsonl")] == [None, 1]
+
+
 # ---- averages ------------------------------------------------------------------------------------
 
 
@@ -102,6 +112,23 @@ def test_the_mean_is_that_of_all_rows_that_count():
     weight = torch.cat([weight for _, weight in batches]).double()
     assert means["loss"] == pytest.approx(float((loss * weight).sum() / weight.sum()), rel=1e-12)
     assert means["accuracy"] == pytest.approx(float((loss.square() * weight).sum() / weight.sum()), rel=1e-6)
+
+
+def test_a_step_that_was_skipped_is_left_out_of_the_means_per_image():
+    averages, honest = Averages(), Averages()
+    for finite in (True, False, True):
+        for some in (averages, honest) if finite else (averages,):
+            some.add({"loss": torch.arange(3.0) if finite else torch.full((3,), float("nan"))}, torch.ones(3))
+            skipped = {"skipped": torch.tensor(not finite)}
+            some.add_step(skipped, ranks=1, finite=torch.tensor(finite))
+    assert averages.read(alone) == honest.read(alone) | {"skipped": 1 / 3}
+
+
+def test_an_interval_of_skipped_steps_alone_has_no_means_per_image():
+    averages = Averages()
+    averages.add({"loss": torch.full((3,), float("nan"))}, torch.ones(3))
+    averages.add_step({"skipped": torch.tensor(True)}, ranks=1, finite=torch.tensor(False))
+    assert averages.read(alone) == {"skipped": 1.0}
 
 
 def test_values_of_a_step_are_averaged_over_steps():

@@ -281,7 +281,8 @@ def read_lines(file):
 
 
 def numbers(folder):
-    return [(e["step"], e["loss"], e["fingerprint"], e["num_bad"]) for e in read_lines(folder / "log.jsonl")]
+    trained = [entry for entry in read_lines(folder / "log.jsonl") if entry["event"] == "train"]
+    return [(e["step"], e["loss"], e["fingerprint"], e["num_bad"]) for e in trained]
 
 
 def test_a_run_names_its_bad_samples_counts_them_and_resumes_to_the_same_end(dataset, recipe, tmp_path, capsys):
@@ -355,3 +356,13 @@ def test_a_quarantine_above_the_budget_is_refused_before_anything_is_written(dat
     with pytest.raises(DataError, match="4 of 30 samples"):
         train.main(recipe, [f"train.run={tmp_path / 'run'}"])
     assert not (tmp_path / "run").exists()
+
+
+def test_a_journal_that_is_restored_knows_the_quarantine_and_the_checkpoint_and_nothing_met_since():
+    journal = Journal(bad([1]), np.array([1000]), budget=1e-4)
+    journal.add(5, [{"sample": 7, "key": "a.tar/7", "reason": "cut", "substitute": "a.tar/8"}])
+    journal.collect(None, lambda found: found)
+    journal.add(6, [{"sample": 9, "key": "a.tar/9", "reason": "cut", "substitute": "a.tar/8"}])
+    journal.restore([{"sample": 3, "key": "a.tar/3", "reason": "cut"}])
+    journal.collect(None, lambda found: found)
+    assert set(journal.bad) == {1, 3}

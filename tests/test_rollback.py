@@ -13,13 +13,14 @@ import torch
 from test_distributed import ROOT, torchrun
 from test_train import assert_same, dataset, lines, recipe, tensors  # noqa: F401  (dataset is a fixture)
 
-from mim import checkpoint, rollback, stopping, train
-from mim.contracts import NumericsError
+from mim import checkpoint, lease, rollback, stopping, train
+from mim.contracts import NumericsError, StorageError
 from mim.data import mixture
 from mim.data.order import key64
 from mim.data.shards import Dataset
 from mim.data.stream import FINGERPRINT_MODULUS
 from mim.guard import Incident
+from mim.saver import Saver
 
 LENGTH, SAVED = 12, 3  # steps of the run, and between saves
 CHANGES = {"optim__length": f"{LENGTH} steps", "train__log_every": "1 steps", "train__save_every": f"{SAVED} steps"}
@@ -257,12 +258,24 @@ def test_without_a_checkpoint_to_return_to_the_run_stops_and_says_so(path, tmp_p
         run(path, tmp_path / "run")
 
 
+def test_a_run_directory_that_another_job_took_over_is_left_alone(tmp_path):
+    (tmp_path / "run").mkdir()
+    with lease.hold(tmp_path / "run") as held:
+        saver = Saver(tmp_path / "run", held, keep=2)
+        rollback.check_lease(saver)
+        held.token = "another"
+        with pytest.raises(StorageError, match="was taken over"):
+            rollback.check_lease(saver)
+
+
 def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(path, tmp_path):
     run(path, tmp_path / "run", stop=lambda step: step == 8)
     state_file = tmp_path / "run/checkpoints/step-00000006/state.json"
-    assert rollback.last_good(tmp_path / "run", Incident(9, 8, "")).name == "step-00000006"
+    assert rollback.last_good(tmp_path / "run", Incident(9, 8, ""), torch.device("cpu")).name == "step-00000006"
     state_file.write_text(state_file.read_text() + " ")
-    assert rollback.last_good(tmp_path / "run", Incident(9, 8, "")) is None  # the older one was pruned
+    assert (
+        rollback.last_good(tmp_path / "run", Incident(9, 8, ""), torch.device("cpu")) is None
+    )  # the older one was pruned
 
 
 def test_summaries_count_what_is_not_finite_and_measure_the_rest():
