@@ -1,5 +1,7 @@
 """Long work is left only where it is asked, and only while someone wants to know."""
 
+import threading
+
 import pytest
 
 from mim import ranks
@@ -28,3 +30,13 @@ def test_ranks_are_asked_before_they_meet(work):
     with pytest.raises(Left), leavable(lambda: None, leave):
         work()
     work()
+
+
+@pytest.mark.parametrize("work", [between_batches, before_collective])
+def test_a_thread_beside_the_work_is_not_part_of_it(work):
+    done = []
+    with leavable(leave, leave):
+        thread = threading.Thread(target=lambda: done.append(work()))
+        thread.start()
+        thread.join(20)
+    assert done == [None]
