@@ -299,7 +299,7 @@ def test_each_node_gets_its_own_number_and_only_the_first_hosts_the_rendezvous(p
 @pytest.mark.slow
 def test_a_real_run_is_stopped_before_its_limit_queued_again_and_finished(slurm_home, shards, tmp_path):
     """Two nodes of one process each, on the loopback: the whole script, with the real check and training."""
-    recipe = write_recipe(tmp_path / "tiny.yaml", {"path": str(shards)}, "800 steps")
+    recipe = write_recipe(tmp_path / "tiny.yaml", {"path": str(shards)}, "400 steps")
     run, script = tmp_path / "run", tmp_path / "job.sbatch"
     request = slurm.Request(nodes=2, gpus=0, time="1:00:00")
     script.write_text(slurm.script(recipe, (f"train.run={run}",), request, ["mim"]))
@@ -319,5 +319,5 @@ def test_a_real_run_is_stopped_before_its_limit_queued_again_and_finished(slurm_
     assert requeued(slurm_home) == ["77"]
     assert json.loads((run / "status.json").read_text())["state"] == "done"
     steps = [entry["step"] for entry in log(run) if entry["event"] == "train"]
-    assert steps == list(range(4, 801, 4))
+    assert steps == list(range(4, 401, 4))
     assert list((tmp_path / "run.logs" / "77-1" / "train" / "node-1").rglob("stderr.log"))
