@@ -216,7 +216,7 @@ def reduced(
                 store=dist.PrefixStore("group", store),
                 rank=rank,
                 world_size=world,
-                timeout=timedelta(seconds=2 * seconds),
+                timeout=timedelta(seconds=10 * seconds),  # NCCL ends the process then: not before the verdict
             )
             total = torch.full((1,), float(rank), device=device)
             dist.all_reduce(total)

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
 
 from mim import slurm
 from mim.config import ConfigError
@@ -120,9 +121,11 @@ code=0
 for job in $(jobs -p); do wait "$job" || code=$?; done
 exit $code
 """,
+    # Signals every process of a step, launchers and ranks alike.
     "scancel": """
 [[ $* == "--signal=TERM $SLURM_JOB_ID" ]] || exit 1
-while read -r task; do kill -TERM -- "-$task" 2>/dev/null; done < "$SLURM_HOME/tasks"
+tree() { echo "$1"; for child in $(pgrep -P "$1"); do tree "$child"; done; }
+while read -r task; do kill -TERM $(tree "$task") 2>/dev/null; done < "$SLURM_HOME/tasks"
 exit 0
 """,
     "scontrol": """
@@ -206,7 +209,7 @@ exit 1
 def played(slurm_home, tmp_path, monkeypatch):
     """`played(state, step)`: a script whose trainings end in that state, saved at that step."""
 
-    def write(state, step, **more):
+    def write(state, step, *, gpus=0, accelerate_config=None, **more):
         run = tmp_path / "run"
         status = json.dumps({"state": state, "step": step, "of": 9, **more})
         folder = f"{run}/checkpoints/step-{step:08d}"
@@ -217,7 +220,8 @@ def played(slurm_home, tmp_path, monkeypatch):
             (slurm_home / name).chmod(0o755)
         monkeypatch.setenv("REAL", sys.executable)
         script = tmp_path / "job.sbatch"
-        script.write_text(made(f"train.run={run}", python=str(slurm_home / "python"), gpus=0))
+        python, launcher = str(slurm_home / "python"), {"gpus": gpus, "accelerate_config": accelerate_config}
+        script.write_text(made(f"train.run={run}", python=python, **launcher))
         return script
 
     return write
@@ -294,6 +298,23 @@ def test_each_node_gets_its_own_number_and_only_the_first_hosts_the_rendezvous(p
         "is_host=true",
     ]
     assert all("--nnodes 2 --nproc_per_node 1" in line and "--rdzv_endpoint localhost:20078" in line for line in calls)
+
+
+def test_accelerate_launch_is_told_the_place_of_its_node(played, slurm_home, monkeypatch):
+    monkeypatch.setenv("ENDS", "1")
+    file = str(ROOT / "configs/accelerate/ddp_8gpu.yaml")
+    process = job(played("done", 9, gpus=8, accelerate_config=file))
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, out
+    calls = [line.split() for line in (slurm_home / "calls").read_text().splitlines() if line.startswith("train ")]
+    assert all(words[1:3] == ["-m", "accelerate.commands.launch"] for words in calls)
+    told = [launch_command_parser().parse_args(words[3:]) for words in calls]
+    assert sorted(args.machine_rank for args in told) == [0, 1]
+    for args in told:
+        assert (args.config_file, args.num_machines, args.num_processes) == (file, 2, 16)
+        assert (args.main_process_ip, args.main_process_port) == ("localhost", 20078)
+        assert args.training_script == "mim"
+        assert args.training_script_args[:2] == ["train", "mae_vitb16_in1k"]
 
 
 @pytest.mark.slow
