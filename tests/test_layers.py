@@ -8,11 +8,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LEVELS = [
     {"tokenizer", "mim.patches", "mim.masking", "mim.schedules", "mim.initialization", "mim.code_loss", "mim.logistic"},
-    {"mim.contracts", "mim.config", "mim.log", "mim.backbone", "mim.survey", "mim.batch_norm"},
+    {"mim.contracts", "mim.config", "mim.log", "mim.backbone", "mim.survey", "mim.batch_norm", "mim.save_stages"},
     {"mim.segmentation_heads"},
     {"mim.data", "mim.encoders", "mim.optim"},
     {"mim.objectives", "mim.ranks"},
-    {"mim.checkpoint"},
+    {"mim.checkpoint", "mim.lease", "mim.snapshot"},
+    {"mim.retention"},
+    {"mim.saver"},
     {"mim.layouts", "mim.resample", "mim.frozen_networks"},
     {"mim.weight_files", "mim.hf_layouts"},
     {"mim.weights", "mim.classifying_teacher", "mim.hf_head"},
