@@ -27,6 +27,8 @@ from benchmarks.reliability import (
     cases_pixels,
     cases_remote,
     cases_resume,
+    cases_runs,
+    cases_worlds,
 )
 from benchmarks.reliability.bench import OURS, READERS, Bench, Case
 from benchmarks.reliability.trials import Trials, temporary_folder
@@ -42,6 +44,8 @@ PARTS = (
     cases_pixels,
     cases_remote,
     cases_resume,
+    cases_runs,
+    cases_worlds,
 )
 CASES: tuple[Case, ...] = tuple(sorted((case for part in PARTS for case in part.CASES), key=lambda case: case.id))
 WIDTH = 64  # characters of a detail in the table

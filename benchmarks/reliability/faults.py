@@ -3,11 +3,12 @@
 A fault is a dict:
 
     at      "step"    before micro-batch `micro` of step `step`
-            "stage"   when a save reaches the stage `stage` (mim.checkpoint's names), at the `save`-th save (from 1)
+            "stage"   when the `save`-th save (from 1) reaches the stage `stage` (mim.save_stages)
             "write"   before the `number`-th operation (from 1) on files under `folder` that changes them: opening to
                       write, fsync, rename, mkdir, remove; counted from the `save`-th save on
             "count"   never; the operations are counted, and their names are events
     do      "kill" (SIGKILL) | "term" (SIGTERM) | "term twice" | "fill" (the file system of `folder` becomes full) |
+            "wait" (a slow disk: half a second at every save) |
             an errno by name, ENOSPC: the operation fails with it, and from then on all like it unless `once`
     rank    the rank that it happens to; default: all
 
@@ -28,6 +29,7 @@ from typing import Any
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 PATHS = {"open": 1, "os.rename": 2, "os.mkdir": 1, "os.remove": 1, "os.rmdir": 1, "os.truncate": 1}  # event: its paths
 BLOCK = 1 << 12  # bytes
+SLOW = 0.5  # seconds
 APART = 2.5  # seconds between two signals that are not one
 
 
@@ -50,14 +52,20 @@ class Fault:
         if self.fault["at"] == "step" and (step, micro) == (self.fault["step"], self.fault.get("micro", 0)):
             self._fire(f"step {step}, micro-batch {micro}")
 
-    def save(self) -> None:
-        """A save begins."""
-        self.saves += 1
+    def write(self, file: Any) -> None:
+        """A file is about to be written by code that is not Python's."""
+        if self.fault["at"] in ("write", "count") and self.mine and isinstance(file, str | os.PathLike):
+            self._operation("open", [_absolute(file, -1)])
 
     def stage(self, stage: str) -> None:
-        """A save reaches a stage."""
-        if self.fault["at"] == "stage" and (stage, self.saves) == (self.fault["stage"], self.fault["save"]):
-            self._fire(stage)
+        """A save reaches a stage; the first one is called `begin`."""
+        self.saves += stage == "begin"
+        if self.fault["at"] == "stage" and stage == self.fault["stage"]:
+            if self.fault["do"] == "wait":
+                self._tell("fault", "wait", stage)
+                time.sleep(SLOW)
+            elif self.saves == self.fault["save"]:
+                self._fire(stage)
 
     # ---- operations on files -------------------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 
 import mim.train
 from benchmarks.reliability.faults import Fault
-from mim import checkpoint
+from mim import save_stages
 from mim.__main__ import main
 
 Emit = Callable[[list[Any], dict[str, Any]], None]
@@ -65,21 +65,14 @@ def ours(trial: dict[str, Any], rank: int, _emit: Emit) -> None:
 
 def install(fault: Fault) -> None:
     """Have the loop and the saves of this process tell the fault where they are."""
-    draws, save, reached = mim.train.seed_draws, checkpoint.save, getattr(checkpoint, "reached", None)
+    draws = mim.train.seed_draws
 
-    def told_draws(seed: int, step: int, rank: int, micro: int) -> None:
+    def told(seed: int, step: int, rank: int, micro: int) -> None:
         fault.step(step, micro)
         draws(seed, step, rank, micro)
 
-    def told_save(*arguments: Any, **options: Any) -> Any:
-        fault.save()
-        return save(*arguments, **options)
-
-    def told_reached(stage: str) -> None:
-        fault.stage(stage)
-        reached(stage)
-
-    mim.train.seed_draws, checkpoint.save, checkpoint.reached = told_draws, told_save, told_reached
+    mim.train.seed_draws = told
+    save_stages.reached = fault.stage
 
 
 # ---- the usual recipe ----------------------------------------------------------------------------
@@ -121,6 +114,15 @@ class Done:
 def random_crop(image: Any) -> np.ndarray:
     """A crop as any script draws it: from the process's generator, (3, H, W) in [0, 1]."""
     left, top = np.random.randint(image.width - SIDE, size=2)
+    return cut(image, left, top)
+
+
+def middle(image: Any) -> np.ndarray:
+    """The crop from the middle."""
+    return cut(image, (image.width - SIDE) // 2, (image.height - SIDE) // 2)
+
+
+def cut(image: Any, left: int, top: int) -> np.ndarray:
     return np.array(image)[top : top + SIDE, left : left + SIDE].transpose(2, 0, 1).astype(np.float32) / 255
 
 
@@ -135,10 +137,12 @@ def usual(trial: dict[str, Any], rank: int, _emit: Emit) -> None:
     optimizer = torch.optim.AdamW(network.parameters(), 3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps * world)
     splitter = {"nodesplitter": webdataset.split_by_node} if world > 1 else {}
-    data = webdataset.WebDataset(trial["tars"], shardshuffle=100, **splitter).shuffle(1000).decode("pil")
+    ordered = trial.get("ordered", False)  # nothing is drawn in the loader, so that checkpoints alone are judged
+    data = webdataset.WebDataset(trial["tars"], shardshuffle=0 if ordered else 100, **splitter)
+    data = (data if ordered else data.shuffle(1000)).decode("pil").to_tuple("png")
     batch_size = max(1, trial.get("batch_size", 8) // world)
     batches = torch.utils.data.DataLoader(
-        data.to_tuple("png").map_tuple(random_crop), batch_size=batch_size, num_workers=trial.get("workers", 0)
+        data.map_tuple(middle if ordered else random_crop), batch_size=batch_size, num_workers=trial.get("workers", 0)
     )
     model, optimizer, batches, schedule = accelerator.prepare(network, optimizer, batches, schedule)
     done = Done()
@@ -187,14 +191,23 @@ def usual(trial: dict[str, Any], rank: int, _emit: Emit) -> None:
 
 
 def install_usual(fault: Fault, accelerator: accelerate.Accelerator) -> None:
-    """Have the saves of this process tell the fault that they begin."""
-    save = accelerator.save_state
+    """Have the saves of this process tell the fault that they begin, and which files they write: not in Python."""
+    save, torch_save, write = accelerator.save_state, torch.save, accelerate.utils.other.safe_save_file
 
     def told(*arguments: Any, **options: Any) -> Any:
-        fault.save()
+        fault.stage("begin")
         return save(*arguments, **options)
 
+    def told_torch_save(value: Any, file: Any, *arguments: Any, **options: Any) -> None:
+        fault.write(file)
+        torch_save(value, file, *arguments, **options)
+
+    def told_write(tensors: Any, file: Any, *arguments: Any, **options: Any) -> None:
+        fault.write(file)
+        write(tensors, file, *arguments, **options)
+
     accelerator.save_state = told  # type: ignore[method-assign]
+    torch.save, accelerate.utils.other.safe_save_file = told_torch_save, told_write
 
 
 # ---- several starts on one disk ------------------------------------------------------------------

@@ -69,8 +69,8 @@ class Training:
         """The name of the trainer, and what a trial tells it."""
         if self.kind in KINDS:
             return "train", {"arguments": ["train", str(self.recipe), f"train.run={run}", *overrides]}
-        data = self.bench.small
-        settings = {"num_steps": self.steps, "save_every": self.every, "num_images": len(data.rows)}
+        data = self.bench.whole  # every rank needs a shard of its own
+        settings = {"num_steps": self.steps, "save_every": self.every, "num_images": len(data.rows), **self.changes}
         return "train usual", {"run": str(run), "tars": [str(tar) for tar in data.tars], **settings}
 
     @functools.cached_property
