@@ -20,6 +20,7 @@ from typing import Any
 from benchmarks.reliability import (
     cases_bucket,
     cases_cache,
+    cases_checkpoints,
     cases_damage,
     cases_doors,
     cases_elastic,
@@ -28,6 +29,8 @@ from benchmarks.reliability import (
     cases_remote,
     cases_resume,
     cases_runs,
+    cases_saves,
+    cases_weights,
     cases_worlds,
 )
 from benchmarks.reliability.bench import OURS, READERS, Bench, Case
@@ -37,6 +40,7 @@ from benchmarks.reliability.verdicts import PASS, SKIPPED, Verdict
 PARTS = (
     cases_bucket,
     cases_cache,
+    cases_checkpoints,
     cases_damage,
     cases_doors,
     cases_elastic,
@@ -45,6 +49,8 @@ PARTS = (
     cases_remote,
     cases_resume,
     cases_runs,
+    cases_saves,
+    cases_weights,
     cases_worlds,
 )
 CASES: tuple[Case, ...] = tuple(sorted((case for part in PARTS for case in part.CASES), key=lambda case: case.id))

@@ -7,7 +7,7 @@ A fault is a dict:
             "write"   before the `number`-th operation (from 1) on files under `folder` that changes them: opening to
                       write, fsync, rename, mkdir, remove; counted from the `save`-th save on
             "count"   never; the operations are counted, and their names are events
-    do      "kill" (SIGKILL) | "term" (SIGTERM) | "term twice" | "fill" (the file system of `folder` becomes full) |
+    do      "kill" (SIGKILL) | "term" (SIGTERM) | "term twice" | "fill" (the disk that the run is on becomes full) |
             "wait" (a slow disk: half a second at every save) |
             an errno by name, ENOSPC: the operation fails with it, and from then on all like it unless `once`
     rank    the rank that it happens to; default: all
@@ -89,7 +89,7 @@ class Fault:
         self.operations += 1
         name = f"{event} {inside[0].removeprefix(self.folder + '/')}"
         if self.fault["at"] == "count":
-            self._tell("operation", name)
+            self._tell("operation", name, str(self.saves))
         elif self.operations == self.fault["number"] or (self._persists() and self.operations > self.fault["number"]):
             self._fire(name)
 
@@ -114,7 +114,7 @@ class Fault:
                 self._tell("again", str(time.time()))
                 os.kill(os.getpid(), signal.SIGTERM)
             case "fill":
-                fill(Path(self.folder))
+                fill(Path(self.folder).parent.parent)
             case name:
                 number = getattr(errno, name)
                 raise OSError(number, os.strerror(number), where)
@@ -127,8 +127,8 @@ class Fault:
 
 
 def fill(folder: Path) -> None:
-    """Write a file beside the folder until the file system has no room."""
-    with (folder.parent / "ballast").open("ab", buffering=0) as file:
+    """Write a file into the folder until its file system has no room."""
+    with (folder / "ballast").open("ab", buffering=0) as file:
         size = 1 << 20
         while size >= BLOCK:
             try:

@@ -62,8 +62,8 @@ class Training:
         if "fault" in options:
             options["fault"] = {"folder": str(run / "checkpoints"), **options["fault"]}
         reader, told = self.told(run, *overrides)
-        processes = {"processes": world, "world": world, "grace": 5.0}
-        return self.bench.trials.run(reader, limit=limit, **processes, **told, **options)
+        ranks = {"processes": world, "world": world, "grace": 5.0}
+        return self.bench.trials.run(reader, limit=limit, **ranks, **told | options)
 
     def told(self, run: Path, *overrides: str) -> tuple[str, dict[str, Any]]:
         """The name of the trainer, and what a trial tells it."""
