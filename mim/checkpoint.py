@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -164,11 +165,12 @@ def load_tensors(folder: Path, state: dict[str, Tensor], *, alone: bool = False)
     reader = HuggingFaceStorageReader(str(folder / "tensors"))
     try:
         with quiet():
+            reader.read_metadata()  # of which torch would log a traceback
             dcp.load(state, storage_reader=reader, no_dist=alone or not dist.is_initialized())
     except dcp.api.CheckpointException as error:
         reason = next((str(found) for found, _ in error.failures.values()), str(error))  # of the first rank
         raise ConfigError(f"{folder} does not fit the recipe: {' '.join(reason.split())[:500]}") from error
-    except (RuntimeError, KeyError, ValueError) as error:
+    except (RuntimeError, KeyError, ValueError, SafetensorError) as error:
         raise ConfigError(f"{folder} does not fit the recipe: {' '.join(str(error).split())[:500]}") from error
     broken = [name for name, value in sorted(state.items()) if value.is_floating_point() and not _finite(value)]
     if bool(broken) if alone else ranks.agree(bool(broken)):

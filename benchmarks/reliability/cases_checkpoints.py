@@ -210,7 +210,9 @@ def _incomplete(out: Path) -> str | None:
         digest = digest["sha256"] if isinstance(digest, dict) else digest
         if hashlib.sha256((out / name).read_bytes()).hexdigest() != digest:
             return f"{name} is not what the report says"
-    if pickles := [path.name for path in out.rglob("*") if path.is_file() and path.read_bytes()[:2] in (b"PK", b"\x80\x02")]:
+    if pickles := [
+        path.name for path in out.rglob("*") if path.is_file() and path.read_bytes()[:2] in (b"PK", b"\x80\x02")
+    ]:
         return f"{pickles[0]} is a pickle"
     return None
 

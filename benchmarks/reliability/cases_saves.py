@@ -65,7 +65,8 @@ def killed_at_every_place(bench: Bench, reader: str) -> Verdict:
     for training in ordered(bench, reader):
         faults: list[dict[str, Any]] = []
         if reader == OURS:
-            faults = [{"at": "stage", "save": n, "stage": stage} for n in (1, THIRD) for stage in STAGES]
+            saves = (1, THIRD) if training.kind == "mae" else (THIRD,)
+            faults = [{"at": "stage", "save": n, "stage": stage} for n in saves for stage in STAGES]
         if reader != OURS or training.kind == "vqkd":
             faults += [{"at": "write", "save": THIRD, "number": number} for number, _ in places(training)]
         for fault in faults[:: 6 if bench.quick else 1]:

@@ -70,15 +70,23 @@ def _given(bench: Bench, folder: Path, harm: bytes) -> dict[str, tuple[list[Resu
 
 
 def _planted(bench: Bench, reader: str, harm: bytes, canary: Path) -> Verdict:
-    """Pickles in the newest checkpoint, under names that DCP and Accelerate unpickle: they change nothing."""
+    """Pickles in the newest checkpoint, one at a time, under names that DCP and Accelerate unpickle.
+
+    Ours must take no notice of them. The usual recipe has no other files: it must refuse them.
+    """
     training = Training(bench, "mae") if reader == OURS else Training(bench, "usual", ordered=True)
-    run = left(training)
-    places = (".metadata", "tensors/.metadata", "custom_checkpoint_0.pkl", "optimizer.bin", "random_states_0.pkl")
-    for name in places:
-        if (newest(run) / name).parent.is_dir():
-            (newest(run) / name).write_bytes(harm)
-    results = training.start(run)
-    return unharmed(results, canary) or training.judged(results, run)
+    run, verdicts = left(training), []
+    for name in (".metadata", "tensors/.metadata", "custom_checkpoint_0.pkl", "optimizer.bin", "random_states_0.pkl"):
+        copy = training.folder()
+        shutil.copytree(run, copy)
+        if not (newest(copy) / name).parent.is_dir() or (reader != OURS and not (newest(copy) / name).exists()):
+            continue
+        (newest(copy) / name).write_bytes(harm)
+        results = training.start(copy)
+        verdict = unharmed(results, canary)
+        canary.unlink(missing_ok=True)
+        verdicts.append((verdict or training.judged(results, copy)).of(name))
+    return joined(verdicts)
 
 
 # ---- weights that are not what they say ----------------------------------------------------------
@@ -146,7 +154,9 @@ def lying_weights(bench: Bench, reader: str) -> Verdict:
     for what, content in BOMBS.items():
         file = bench.scratch().with_name("bomb.safetensors")
         file.write_bytes(content)
-        verdicts.append(_refused(mae.start(mae.folder(), f"encoder.init={file}"), file.name).of(f"encoder.init, {what}"))
+        verdicts.append(
+            _refused(mae.start(mae.folder(), f"encoder.init={file}"), file.name).of(f"encoder.init, {what}")
+        )
         folder = file.parent / "tokenizer"
         shutil.copytree(saved_tokenizer(bench), folder)
         (folder / "tokenizer.safetensors").write_bytes(content)
@@ -163,7 +173,9 @@ def lying_weights(bench: Bench, reader: str) -> Verdict:
             "going on": mae.start(copy),
             "init.run": mae.start(mae.folder(), f"init.run={copy}"),
             "encoder.init": mae.start(mae.folder(), f"encoder.init={copy}"),
-            "export": bench.trials.run("train", arguments=["export", "timm", str(copy), str(bench.scratch())], limit=90),
+            "export": bench.trials.run(
+                "train", arguments=["export", "timm", str(copy), str(bench.scratch())], limit=90
+            ),
         }
         for what, results in starts.items():
             verdicts.append(_refused(results).of(f"{what}, {change.__name__}"))

@@ -55,9 +55,7 @@ class Training:
         """A new run directory."""
         return self.bench.scratch().with_name("run")
 
-    def start(
-        self, run: Path, *overrides: str, world: int = 1, limit: float = LIMIT, **options: Any
-    ) -> list[Result]:
+    def start(self, run: Path, *overrides: str, world: int = 1, limit: float = LIMIT, **options: Any) -> list[Result]:
         """Start it, or go on; a result per rank."""
         if "fault" in options:
             options["fault"] = {"folder": str(run / "checkpoints"), **options["fault"]}
