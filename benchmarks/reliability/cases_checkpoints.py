@@ -51,7 +51,7 @@ def damages(path: Path, bits: list[int]) -> Iterator[tuple[str, Path, bytes | No
 
 
 def damaged(bench: Bench, reader: str) -> Verdict:
-    """E4: bits, cuts, missing and empty files of the newest checkpoint, each file of it; and what does not belong there.
+    """E4: bits, cuts, missing and empty files of the newest checkpoint, each of them; and what does not belong there.
 
     60 flipped bits in each checkpoint are looked for without a start; a start follows one flip, cut and loss of each.
     """
@@ -210,10 +210,9 @@ def _incomplete(out: Path) -> str | None:
         digest = digest["sha256"] if isinstance(digest, dict) else digest
         if hashlib.sha256((out / name).read_bytes()).hexdigest() != digest:
             return f"{name} is not what the report says"
-    if pickles := [
-        path.name for path in out.rglob("*") if path.is_file() and path.read_bytes()[:2] in (b"PK", b"\x80\x02")
-    ]:
-        return f"{pickles[0]} is a pickle"
+    for path in out.rglob("*"):
+        if path.is_file() and path.read_bytes()[:2] in (b"PK", b"\x80\x02"):
+            return f"{path.name} is a pickle"
     return None
 
 

@@ -42,7 +42,7 @@ def twice_the_same(bench: Bench, reader: str) -> Verdict:
 
 
 def stopped_at_a_step(bench: Bench, reader: str) -> Verdict:
-    """A2t: SIGTERM in the first step, in the middle and the last of an epoch, in the first of the next, after a save."""
+    """A2t: SIGTERM in the first step, the middle and the last of an epoch, the first of the next, after a save."""
     verdicts = []
     for training in trainings(bench, reader):
         for step in (1, 2, 3, 4, 5):

@@ -26,7 +26,7 @@ USUAL_FILES = {"model.safetensors", "optimizer.bin", "scheduler.bin", "random_st
 
 
 def ordered(bench: Bench, reader: str, **options: Any) -> Iterator[Training]:
-    """The trainings of a reader; the usual one draws nothing in its loader, so that its checkpoints alone are judged."""
+    """The trainings of a reader; the usual one draws nothing in its loader, so that checkpoints alone are judged."""
     yield from trainings(bench, reader, **options, **({} if reader == OURS else {"ordered": True}))
 
 

@@ -146,7 +146,7 @@ def other_shapes(found: dict[str, Any]) -> None:
 
 
 def lying_weights(bench: Bench, reader: str) -> Verdict:
-    """F8: bombs in headers, weights that are not finite, other shapes: as initial weights, a checkpoint, a tokenizer."""
+    """F8: bombs in headers, NaN, other shapes: as initial weights, as a checkpoint, as a tokenizer."""
     if reader != OURS:
         return Verdict(SKIPPED, "torch and safetensors read them; what they refuse is theirs")
     mae, beit, verdicts = Training(bench, "mae"), Training(bench, "beit"), []
@@ -173,9 +173,7 @@ def lying_weights(bench: Bench, reader: str) -> Verdict:
             "going on": mae.start(copy),
             "init.run": mae.start(mae.folder(), f"init.run={copy}"),
             "encoder.init": mae.start(mae.folder(), f"encoder.init={copy}"),
-            "export": bench.trials.run(
-                "train", arguments=["export", "timm", str(copy), str(bench.scratch())], limit=90
-            ),
+            "export": [bench.mim("export", "timm", copy, bench.scratch(), limit=90)],
         }
         for what, results in starts.items():
             verdicts.append(_refused(results).of(f"{what}, {change.__name__}"))
