@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from mim import __version__
+from mim.checkpoint_commands import checkpoints
 from mim.shard_commands import plugin_option, shards
 from mim.token_commands import tokens
 
@@ -55,6 +56,7 @@ def demo(images: Path | None, out: Path, seed: int) -> None:
 
 cli.add_command(shards)
 cli.add_command(tokens)
+cli.add_command(checkpoints)
 
 
 @cli.command()

@@ -13,10 +13,8 @@ import torch
 from accelerate import Accelerator
 
 import tokenizer as tokenizers
-from mim import build, checkpoint, config, lease, optim, weights
-from mim.config import ConfigError
+from mim import build, checkpoint, config, optim, weights
 from mim.data import mixture, order, tokens
-from mim.log import say
 
 PATCHES_PER_CODE = 256  # below which a smaller codebook is proposed
 EXPERIMENT = ("data", "mask", "encoder", "tokenizer", "teacher", "objective", "optim")
@@ -42,21 +40,6 @@ def identity(sections: dict[str, Any], dataset: mixture.AnyDataset) -> dict[str,
             else tokenizers.file_hash(sections["tokenizer"]["path"])
         )
     return found
-
-
-def find_resume(run: Path, experiment: dict[str, Any], main_rank: bool) -> Path | None:
-    """The checkpoint to resume from; None for a fresh run. A run of another experiment is refused with a diff."""
-    if not (run / "config.yaml").is_file():
-        if run.is_dir() and any(path.name != lease.FILE for path in run.iterdir()):
-            raise ConfigError(f"train.run={run} is a folder with other files; choose a new or empty one")
-        return None
-    changed = config.difference(checkpoint.read_config(run)["experiment"], experiment)
-    if changed:
-        raise ConfigError(
-            f"{run} holds another experiment; choose another train.run, or restore what changed:\n  "
-            + "\n  ".join(changed)
-        )
-    return checkpoint.newest(run, report=lambda line: say(line, main=main_rank))
 
 
 def open_run(

@@ -29,7 +29,7 @@ class Machine:
     keep: int = 2  # newest valid checkpoints that stay, at least 2
     cache_dir: str | None = None  # of shards made from image folders, and of remote ones; null: ~/.cache/mimstream
     cache_limit: float | None = None  # GiB of remote shards kept there; null: until 5 % or 20 GiB of the disk are left
-    trackers: list[str] = field(default_factory=list)  # accelerate's, e.g. [tensorboard]; log.jsonl is always written
+    trackers: list[str] = field(default_factory=list)  # tensorboard | wandb | trackio | mlflow; they follow log.jsonl
     keep_every: str | None = None  # a duration: of the checkpoints between two multiples of it one stays; null: none
     failed_saves: int = 2  # failed saves in a row that training goes on after; one more ends the run
 

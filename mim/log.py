@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -57,29 +57,34 @@ def write_json(path: Path, value: Any) -> None:
         file.write("\n")
 
 
+class Follower(Protocol):
+    """Whatever is told every line of a run log."""
+
+    def tell(self, entry: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class RunLog:
-    """Append-only JSON lines; opened at a step, it drops the lines that come after it."""
+    """Append-only JSON lines; opened at a step, it drops the lines that come after it.
+
+    The cut is one rename: a kill at any moment leaves the old log or the cut one, and the next start cuts again.
+    """
 
     def __init__(self, path: Path, step: int) -> None:
-        kept = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError:
-                    break  # the torn last line of a killed run
-                if entry["step"] <= step:
-                    kept.append(line)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(f"{line}\n" for line in kept))
-        temporary.replace(path)
+        self.path, self.cut_at = path, step
+        self.followers: list[Follower] = []
+        kept = [line for line, entry in _whole_lines(path) if entry["step"] <= step]
+        with aside(path) as file:
+            file.writelines(f"{line}\n" for line in kept)
         self._file = path.open("ab", buffering=0)
         self._pending = b""  # what a full disk did not take yet
 
     def write(self, event: str, step: int, **values: Any) -> None:
         """Add a line. On a full disk it waits for the next one: training does not end for want of a line."""
+        entry = {"event": event, "step": step, **values}
         full = bool(self._pending)
-        self._pending += (json.dumps({"event": event, "step": step, **values}) + "\n").encode()
+        self._pending += (json.dumps(entry) + "\n").encode()
         try:
             while self._pending:
                 self._pending = self._pending[self._file.write(self._pending) :]
@@ -88,9 +93,34 @@ class RunLog:
                 raise
             if not full:
                 say(f"{self._file.name} takes no more lines: {error.strerror}; they wait until there is space")
+        for follower in self.followers:
+            follower.tell(entry)
+
+    def entries(self) -> Iterator[dict[str, Any]]:
+        """The lines that it holds now."""
+        return read_log(self.path)
 
     def close(self) -> None:
         self._file.close()
+        for follower in self.followers:
+            follower.close()
+
+
+def read_log(path: Path) -> Iterator[dict[str, Any]]:
+    """The entries of a run log, up to its end or to a line that a kill or a power cut tore."""
+    return (entry for _, entry in _whole_lines(path))
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    if not path.exists():
+        return
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+            entry["step"] + 0, entry["event"]
+        except (ValueError, TypeError, KeyError):
+            return  # everything after a torn line is of the same moment
+        yield line, entry
 
 
 class Averages:

@@ -63,7 +63,6 @@ def look(job: Job, name: str, step: int, log: RunLog | None) -> None:
         job.card = numbers
     shown = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items() if "/" not in key)  # not of every class
     say(f"step {step}/{job.rates.total_steps}  {name}: {shown or ', '.join(pictures.values())}", main=main_rank)
-    job.accelerator.log({f"{name}/{key}": value for key, value in numbers.items()}, step=step)
     if log is not None:
         log.write("eval", step, eval=name, protocol=protocol(loaded, cfg), **numbers, **pictures)
 

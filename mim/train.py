@@ -21,7 +21,19 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 import tokenizer as tokenizers
-from mim import __version__, build, checkpoint, config, experiment, frozen_networks, lease, optim, ranks, weights
+from mim import (
+    __version__,
+    build,
+    checkpoint,
+    config,
+    experiment,
+    frozen_networks,
+    lease,
+    optim,
+    ranks,
+    resume,
+    weights,
+)
 from mim.contracts import Batch, DataError
 from mim.data import mixture, quarantine, shuffle, stages, stream
 from mim.job import Config, Job, num_workers, status
@@ -29,6 +41,7 @@ from mim.log import Averages, Progress, RunLog, say
 from mim.looking import averaged, intervals, look
 from mim.saver import Saver
 from mim.stopping import DONE, STOPPED, Stop, stop_signals
+from mim.trackers import Trackers, check_installed
 
 
 def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop | None = None) -> int:
@@ -52,11 +65,11 @@ def prepare_and_fit(
     accelerator = Accelerator(
         cpu=cfg.train.cpu or not torch.accelerator.is_available(),
         mixed_precision=cfg.train.precision,
-        log_with=cfg.train.trackers or None,
-        project_dir=str(run),
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
     main_rank = accelerator.is_main_process
+    if main_rank:
+        check_installed(cfg.train.trackers)
     held = None if dry_run else at_exit.enter_context(lease.hold(run))
 
     # ---- data and networks -------------------------------------------------------------------------------------------
@@ -76,7 +89,8 @@ def prepare_and_fit(
 
     # ---- run directory -----------------------------------------------------------------------------------------------
     learned = experiment.identity(built.sections, dataset)
-    resumed = experiment.find_resume(run, learned, main_rank)
+    found = resume.find(run, learned, accelerator.device)
+    resumed = found.checkpoint
     with accelerator.main_process_first():  # one process downloads what encoder.init names
         start = weights.start(built, cfg.init.run, optimizer=cfg.init.optimizer, resumed=resumed is not None)
     for line in (*start.lines(), *verdict):
@@ -95,6 +109,8 @@ def prepare_and_fit(
     accelerator.wait_for_everyone()
     if main_rank:
         experiment.open_run(run, recipe, built.sections, learned, start)
+    accelerator.wait_for_everyone()
+    resume.check_shared(run, accelerator.device)
 
     # ---- model and optimizer -----------------------------------------------------------------------------------------
     optimizer = optim.create(built.objective, cfg.optim)
@@ -114,11 +130,11 @@ def prepare_and_fit(
         job.card = tokenizers.score_card(resumed)
         journal.restore(state.get("bad", []))
         say(
-            f"resumed at step {state['step']} of {rates.total_steps}, position {state['position']} of the stream",
+            f"resumed at step {state['step']} of {rates.total_steps}, position {state['position']} of the stream, from "
+            f"{resumed.name} of {state.get('ranks', '?')} ranks",
             main=main_rank,
         )
-    if cfg.train.trackers:
-        accelerator.init_trackers("mimstream")
+    state["start"] = found.account(state, ranks=accelerator.num_processes)
     keep_every = intervals(cfg, len(dataset)).get("keep")
     saver = at_exit.enter_context(
         Saver(run, held, keep=cfg.train.keep, keep_every=keep_every, failed_saves=cfg.train.failed_saves)
@@ -142,6 +158,10 @@ def fit(job: Job, state: dict[str, Any], saver: Saver, stop: Stop) -> int:
     fingerprint = state.get("fingerprint", 0) if main_rank else 0  # the ranks' shares are added when it is read
     kept = start or -1  # no checkpoint has step 0: its lines are of an earlier attempt
     log, bad_log = (RunLog(job.run / f"{n}.jsonl", kept) if main_rank else None for n in ("log", "journal"))
+    if log is not None:
+        Trackers(job.run, cfg.train.trackers, job.built.sections, log, ended=start == total)
+        if state.get("start") and start < total:
+            log.write(step=start, **state["start"])
     progress_line = Progress(start, total, batch_size=batch_size, main=main_rank)
     saver.tell = lambda event, at, **values: tell(job, log, event, at, **values)
     waiting = stages.Waiting(num_workers(cfg.train.workers))
@@ -211,7 +231,6 @@ def fit(job: Job, state: dict[str, Any], saver: Saver, stop: Stop) -> int:
             values |= {"num_bad": len(job.journal.bad), **progress_line.rates(step)}
             fingerprint = ranks.total_fingerprint(fingerprint, device, main_rank)
             progress_line.show(step, values)
-            accelerator.log(values, step=step)
             if log is not None:
                 log.write("train", step, **values, position=step * batch_size, fingerprint=f"{fingerprint:016x}")
         for name in cfg.evals:
@@ -231,8 +250,8 @@ def fit(job: Job, state: dict[str, Any], saver: Saver, stop: Stop) -> int:
     status(job, "done" if code == DONE else "stopped", total if code == DONE else step)
     last_words = f"done: {job.run}" if code == DONE else f"stopped at step {step}; the same command resumes"
     say(last_words, main=main_rank)
-    if cfg.train.trackers:
-        accelerator.end_training()
+    if log is not None:
+        log.close()
     return code
 
 
@@ -309,6 +328,7 @@ def save(job: Job, saver: Saver, step: int, fingerprint: int, averages: Averages
         "fingerprint": fingerprint,
         "averages": averages.state(ranks.add),
         "bad": job.journal.state(),
+        "ranks": ranks.place()[1],
         "order": job.sequence.identity(),
         "experiment": config.digest(job.experiment),
         "versions": {"mimstream": __version__, "torch": torch.__version__},

@@ -45,7 +45,11 @@ def test_a_run_of_two_processes_resumes_on_one_and_back(dataset, tmp_path):  # n
     path = recipe(dataset, tmp_path, encoder__drop_path_rate=0.0, optim__batch_size=7)
     run(path, tmp_path / "one")
     run(path, tmp_path / "mixed", stop_at=3)
-    assert torchrun(path, tmp_path / "mixed").returncode == 0
+    assert torchrun(path, tmp_path / "mixed", "train.trackers=[tensorboard]").returncode == 0
+    told = [json.loads(line) for line in (tmp_path / "mixed/log.jsonl").read_text().splitlines()]
+    told = [(e["step"], e["saved_by_ranks"], e["ranks"]) for e in told if e["event"] == "resumed"]
+    assert told == [(3, 1, 2)]
+    assert len(list((tmp_path / "mixed/trackers/tensorboard").glob("events.*"))) == 1  # of the main rank alone
     assert lines(tmp_path / "mixed")[-1]["loss"] == pytest.approx(lines(tmp_path / "one")[-1]["loss"], abs=1e-5)
     one, mixed = tensors(tmp_path / "one"), tensors(tmp_path / "mixed")
     assert one.keys() == mixed.keys()

@@ -71,10 +71,11 @@ def run(path: str, folder: Path, *overrides: str, stop_at: int | None = None) ->
 
 
 def lines(folder: Path) -> list[dict]:
-    """Log lines without what depends on the clock."""
+    """Log lines without what depends on the clock, and without those that tell of a start."""
     timing = ("images_per_s", "data_wait", "eta_s")
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in entry.items() if key not in timing} for entry in entries]
+    kept = [entry for entry in entries if entry["event"] not in ("resumed", "restarted")]
+    return [{key: value for key, value in entry.items() if key not in timing} for entry in kept]
 
 
 def tensors(folder: Path) -> dict:

@@ -1,0 +1,193 @@
+"""Which checkpoint a run goes on from: the newest valid one, the same on every rank, and never a fresh start unnoticed.
+
+All ranks look for themselves and compare what they see before anything is decided: a node without the shared file
+system, or one whose NFS client still lists old entries, ends the launch in one sentence on all ranks instead of a hang
+or of a run that mixes weights. The files of a checkpoint are hashed by the ranks together, each its share.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mim import checkpoint, config, ranks
+from mim.config import ConfigError
+from mim.log import read_log, say
+
+PATIENCE = 75.0  # seconds that ranks which see different things look again: NFS clients cache folders for up to 60
+PAUSE = 2.5  # seconds between two looks
+BEFORE_CONFIG = ("init.json",)  # what a start writes before config.yaml; names with a dot are nobody's data
+
+
+@dataclass
+class Found:
+    """What a run directory offers to a start."""
+
+    checkpoint: Path | None = None  # None: a fresh start
+    rejected: list[dict[str, str]] = field(default_factory=list)  # newer ones: checkpoint, reason
+    lost: str | None = None  # why a run that had begun starts afresh
+
+    def account(self, state: dict[str, Any], *, ranks: int) -> dict[str, Any]:
+        """What log.jsonl says of the resume: the event `resumed`, or `restarted` where there was nothing to resume."""
+        if self.checkpoint is None:
+            return {"event": "restarted", "reason": self.lost} if self.lost else {}
+        saved_by = state.get("ranks")
+        return {
+            "event": "resumed",
+            "checkpoint": self.checkpoint.name,
+            "saved_by_ranks": saved_by,
+            "ranks": ranks,
+            "rejected": self.rejected,
+        }
+
+
+def find(run: Path, experiment: dict[str, Any], device: torch.device) -> Found:
+    """The checkpoint to resume from (called on all ranks, which agree on it).
+
+    Raises ConfigError on all ranks alike: the run is of another experiment (with a diff), its checkpoints are all
+    invalid or gone, the folder holds other files, or the ranks do not see the same.
+    """
+    main_rank = ranks.place()[0] == 0
+    view = _agreed(run, lambda: _look(run, experiment), device)
+    if view["foreign"] is not None:
+        raise ConfigError(
+            f"train.run={run} is a folder with other files ({view['foreign']}); choose a new or empty one"
+        )
+    if view["config"] is None:
+        return Found()
+    changed = config.difference(checkpoint.read_config(run)["experiment"], experiment)
+    if changed:
+        raise ConfigError(
+            f"{run} holds another experiment; choose another train.run, or restore what changed:\n  "
+            + "\n  ".join(changed)
+        )
+    found = Found()
+    folders = [run / "checkpoints" / name for name in view["checkpoints"]]
+    for folder in reversed(folders):
+        reason = verify_together(folder, device)
+        if reason is None:
+            found.checkpoint = folder
+            return found
+        say(f"checkpoint {folder} is rejected: {reason}", main=main_rank)
+        found.rejected.append({"checkpoint": folder.name, "reason": reason})
+    if folders:
+        raise ConfigError(
+            f"{run} holds {len(folders)} checkpoints and none is valid (reasons above); "
+            f"restore one, or choose another train.run to start afresh"
+        )
+    found.lost = _begun(run, device)
+    if found.lost is not None:
+        say(found.lost, main=main_rank)
+    return found
+
+
+def verify_together(folder: Path, device: torch.device) -> str | None:
+    """Why a checkpoint is not valid, or None; every rank hashes its share of the files, and all get one answer."""
+    try:
+        reason = checkpoint.verify(folder, share=ranks.place())
+    except OSError as error:
+        reason = f"it cannot be read: {error.strerror}"
+    return next((found for found in ranks.gather([reason], device) if found is not None), None)
+
+
+def check_shared(run: Path, device: torch.device) -> None:
+    """Refuse a run directory that not all ranks share, before the first step (called on all ranks).
+
+    The main rank has written config.yaml; whoever does not see it would fail at the first save, hours later.
+    """
+    if ranks.place()[1] > 1:
+        _agreed(run, lambda: {"config": _digest(run / "config.yaml")}, device)
+
+
+def _look(run: Path, experiment: dict[str, Any]) -> dict[str, Any]:
+    """What this rank sees."""
+    seen = _digest(run / "config.yaml")
+    others = sorted(p.name for p in run.iterdir()) if seen is None and run.is_dir() else []
+    foreign = [name for name in others if not name.startswith(".") and name not in BEFORE_CONFIG]
+    return {
+        "config": seen,
+        "foreign": foreign[0] if foreign else None,
+        "checkpoints": [folder.name for folder in checkpoint.list_checkpoints(run)],
+        "experiment": config.digest(experiment),
+    }
+
+
+def _agreed(run: Path, look: Any, device: torch.device) -> dict[str, Any]:
+    """What all ranks see; they look again for a while where they differ. Raises ConfigError on all of them."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        rank, _ = ranks.place()
+        late = time.monotonic() > deadline
+        views = ranks.gather([{"rank": rank, "host": socket.gethostname(), "late": late, "view": look()}], device)
+        first, *others = views
+        odd = next((view for view in others if view["view"] != first["view"]), None)
+        if odd is None:
+            return first["view"]
+        if any(view["late"] for view in views):
+            raise ConfigError(_difference(run, first, odd))
+        time.sleep(PAUSE)
+
+
+def _difference(run: Path, first: dict[str, Any], odd: dict[str, Any]) -> str:
+    """The sentence on two ranks that see different things."""
+    mine, theirs = first["view"], odd["view"]
+    key = next(key for key in mine if mine[key] != theirs[key])
+    who = f"rank {odd['rank']} on {odd['host']}", f"rank {first['rank']} on {first['host']}"
+    if key == "experiment":
+        return f"{who[0]} has other data, code or weights than {who[1]}; give all nodes the same and start again"
+    if key == "checkpoints":
+        here = [", ".join(str(checkpoint.step_of(Path(n))) for n in v["checkpoints"]) or "none" for v in (theirs, mine)]
+        what = f"sees checkpoints of steps {here[0]}, {who[1]} sees {here[1]}"
+    else:
+        what = f"does not see the same files as {who[1]}"
+    return (
+        f"{who[0]} {what} in {run}; train.run must be on a file system that all nodes share (on NFS, wait a minute and "
+        f"start again)"
+    )
+
+
+def _begun(run: Path, device: torch.device) -> str | None:
+    """What to say of a run that has no checkpoint: None where nothing had begun. The main rank's answer counts.
+
+    Raises ConfigError on all ranks where checkpoints must have been there.
+    """
+    refusal, lost = None, None
+    if ranks.place()[0] == 0:
+        entries = list(read_log(run / "log.jsonl"))
+        saved = max((entry["step"] for entry in entries if entry["event"] == "resumed"), default=0)
+        saved = max(saved, _saved_step(run))
+        last = max((entry["step"] for entry in entries), default=0)
+        if saved:
+            refusal = (
+                f"{run} was saved at step {saved}, but none of its checkpoints is there any more; restore "
+                f"{run / 'checkpoints'}, or choose another train.run to start afresh"
+            )
+        elif last:
+            lost = f"{run} had come to step {last}, but had not saved a checkpoint yet: it starts afresh at step 0"
+    told = ranks.gather([refusal, lost] if ranks.place()[0] == 0 else [], device)
+    if told[0] is not None:
+        raise ConfigError(told[0])
+    return told[1]
+
+
+def _saved_step(run: Path) -> int:
+    """The step at which status.json says that the run ended with a checkpoint; 0 if it does not say so."""
+    try:
+        status = json.loads((run / "status.json").read_text())
+        return int(status["step"]) if status["state"] in ("done", "stopped") else 0
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def _digest(file: Path) -> str | None:
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError:
+        return None
