@@ -85,6 +85,7 @@ class Saver:
         self.failed = 0  # saves in a row
         self.main = ranks.place()[0] == 0
         self._group: Any = dist.new_group(backend="gloo", timeout=PATIENCE) if dist.is_initialized() else None
+        (self._token,) = ranks.gather([lease.token if lease is not None else "0"] if self.main else [])
         self._snapshot, self._verifier = Snapshot(), retention.Verifier()
         self._save: _Save | None = None
 
@@ -104,8 +105,8 @@ class Saver:
         self.wait()
         save_stages.reached("begin")
         final = self.run / "checkpoints" / f"step-{step:08d}"
-        token = self.lease.token if self.lease is not None else "0"
-        current = _Save(step, final, final.with_name(f".tmp-{final.name}-{token}"), copy.deepcopy(state))
+        temporary = final.with_name(f".tmp-{final.name}-{self._token}")
+        current = _Save(step, final, temporary, copy.deepcopy(state))
         if fault := self._prepare(current, num_bytes(tensors)):
             current.fault = fault
             self._settle(current, last=wait)

@@ -16,16 +16,17 @@ from benchmarks.reliability.cases_saves import ordered
 from benchmarks.reliability.fixtures import flip
 from benchmarks.reliability.training import Training, resumed_at, was
 from benchmarks.reliability.verdicts import HANG, LOUD, PASS, SILENT, SKIPPED, Verdict, joined, last_line, refused
-from mim.checkpoint import list_checkpoints, verify
+from mim.checkpoint import list_checkpoints, step_of, verify
 
 BITS = 60  # flipped in each checkpoint
-NEWEST, BEFORE = 8, 6  # steps of the two checkpoints that a run is left with
+KILLED = 10  # step before which a run is killed; a save may have been in flight
 
 
 def left(training: Training) -> Path:
-    """A run that was killed after its fourth save; copies of it are damaged."""
+    """A run that was killed and has two checkpoints; copies of it are damaged."""
     run = training.folder()
-    stopped(training, run, NEWEST + 1, "kill")
+    stopped(training, run, KILLED, "kill")
+    fired(training.kind == "usual" or len(list_checkpoints(run)) > 1, "there are no two checkpoints")
     return run
 
 
@@ -87,7 +88,7 @@ def _fallen_back(training: Training, run: Path, what: str, file: Path, content: 
     if verdict.kind != PASS or training.kind == "usual":
         return verdict
     text = results[0].text
-    if resumed_at(results[0]) != BEFORE:
+    if resumed_at(results[0]) != step_of(list_checkpoints(run)[-2]):
         return Verdict(SILENT, f"went on from step {resumed_at(results[0])}")
     named = str(file) in text or (file.name == "manifest.json" and "manifest" in text)
     return verdict if "rejected" in text and named else Verdict(LOUD, f"does not name {file}: {text[-300:]}")

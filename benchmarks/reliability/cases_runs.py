@@ -160,7 +160,8 @@ def again_and_from_before(bench: Bench, reader: str) -> Verdict:
         newest = sorted((run / "checkpoints").iterdir())[-1]
         shutil.rmtree(newest)
         results = training.start(run)
-        fired(resumed_at(results[0]) == 4, f"went on from step {resumed_at(results[0])} instead of 4")
+        older = resumed_at(results[0])
+        fired(0 < older < 6, f"went on from step {older}, which is no older checkpoint")
         verdicts.append(training.judged(results, run).of(f"{training.kind}, from an older checkpoint"))
     return joined(verdicts)
 

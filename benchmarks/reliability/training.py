@@ -22,7 +22,7 @@ import tokenizer as tokenizers
 from benchmarks.reliability.bench import OURS, Bench, fired
 from benchmarks.reliability.trials import Result
 from benchmarks.reliability.verdicts import PASS, SILENT, Verdict, ended
-from mim.checkpoint import list_checkpoints
+from mim.checkpoint import list_checkpoints, verify
 from mim.config import to_yaml
 from tokenizer import dvae
 
@@ -134,7 +134,8 @@ def tensors(run: Path) -> dict[str, np.ndarray]:
     """Every tensor that a run ended with."""
     if (run / "final.safetensors").exists():
         return load_file(run / "final.safetensors")
-    return saved(list_checkpoints(run)[-1]) if list_checkpoints(run) else {}
+    whole = [found for found in reversed(list_checkpoints(run)) if verify(found) is None]
+    return saved(whole[0]) if whole else {}
 
 
 def saved(checkpoint: Path) -> dict[str, np.ndarray]:
