@@ -89,9 +89,9 @@ class Network(torch.nn.Module):
         self.vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, **shape)
         self.head = torch.nn.Linear(24, 3 * PATCH**2)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:  # (B, 3, H, W)
+    def forward(self, images: torch.Tensor, draws: torch.Generator | None) -> torch.Tensor:  # (B, 3, H, W)
         grid = SIDE // PATCH
-        mask = torch.rand(len(images), 1, grid, grid, device=images.device) < 0.75
+        mask = torch.rand(len(images), 1, grid, grid, generator=draws) < 0.75
         pixels = mask.repeat_interleave(PATCH, 2).repeat_interleave(PATCH, 3)  # (B, 1, H, W)
         tokens = self.vit.forward_features(images.masked_fill(pixels, 0.5))[:, 1:]  # (B, N, D)
         shown = torch.nn.functional.fold(self.head(tokens).mT, (SIDE, SIDE), PATCH, stride=PATCH)  # (B, 3, H, W)
@@ -137,7 +137,7 @@ def usual(trial: dict[str, Any], rank: int, _emit: Emit) -> None:
     optimizer = torch.optim.AdamW(network.parameters(), 3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps * world)
     splitter = {"nodesplitter": webdataset.split_by_node} if world > 1 else {}
-    ordered = trial.get("ordered", False)  # nothing is drawn in the loader, so that checkpoints alone are judged
+    ordered = trial.get("ordered", False)  # no draw depends on what went before, so that checkpoints alone are judged
     data = webdataset.WebDataset(trial["tars"], shardshuffle=0 if ordered else 100, **splitter)
     data = (data if ordered else data.shuffle(1000)).decode("pil").to_tuple("png")
     batch_size = max(1, trial.get("batch_size", 8) // world)
@@ -163,7 +163,7 @@ def usual(trial: dict[str, Any], rank: int, _emit: Emit) -> None:
         for (images,) in accelerate.skip_first_batches(batches, skip) if skip else batches:
             if fault:
                 fault.step(done.step + 1, 0)
-            loss = model(images)
+            loss = model(images, torch.Generator().manual_seed(done.step) if ordered else None)
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
