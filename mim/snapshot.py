@@ -32,7 +32,7 @@ from torch.futures import Future
 
 from mim import save_stages
 
-FILE_BYTES = 256 << 20  # about what a rank puts into one file: the writer holds a file in memory as it serialises it
+FILE_BYTES = 64 << 20  # about what a rank puts into one file: safetensors copies a file twice, holding Python's lock
 BLOCK = 16 << 20  # bytes that are hashed and written at once
 
 
