@@ -156,8 +156,8 @@ def usual(trial: dict[str, Any], rank: int, _emit: Emit) -> None:
         install_usual(fault, accelerator)
     steps_per_epoch = trial["num_images"] // (batch_size * world)
     log = (run / "log.jsonl").open("a") if rank == 0 and run.mkdir(parents=True, exist_ok=True) is None else None
+    epoch, skip = divmod(done.step, steps_per_epoch)
     while done.step < num_steps:
-        epoch, skip = divmod(done.step, steps_per_epoch)
         batches.set_epoch(epoch)
         found = 0
         for (images,) in accelerate.skip_first_batches(batches, skip) if skip else batches:
@@ -179,8 +179,9 @@ def usual(trial: dict[str, Any], rank: int, _emit: Emit) -> None:
                 return
             if done.step == num_steps:
                 break
-        if not found:
+        if not found and not skip:
             raise RuntimeError("the loader gave no batch")
+        epoch, skip = epoch + 1, 0
     accelerator.wait_for_everyone()
     if rank == 0:
         weights = {f"model.{name}": value for name, value in network.state_dict().items()}
