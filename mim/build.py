@@ -431,7 +431,10 @@ def _check_keys(section: dict[str, Any]) -> None:
 
 def _frozen_tokenizer(section: dict[str, Any], load: bool) -> Any:
     if load:
-        return tokenizers.load(frozen_networks.tokenizer_path(section))
+        try:
+            return tokenizers.load(frozen_networks.tokenizer_path(section))
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
     recipe = config.read(section["recipe"])
     module, cfg = config.component("tokenizer", recipe.get("tokenizer"), f"{section['recipe']}: tokenizer")
     return module.build(cfg).eval().requires_grad_(False)

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -35,7 +36,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from mim import config
+from mim import config, ranks
 from mim.config import ConfigError
 from mim.log import say
 from mim.snapshot import quiet
@@ -172,13 +173,27 @@ def load_tensors(folder: Path, state: dict[str, Tensor], *, alone: bool = False)
     """Fill the named tensors in place from a checkpoint; every one must be there with its shape.
 
     All ranks call it together and fail together; `alone`, a rank reads for itself while others may do something else.
+    Raises ConfigError for tensors that do not fit, cannot be read or are not finite.
     """
     reader = HuggingFaceStorageReader(str(folder / "tensors"))
     try:
         with quiet():
+            reader.read_metadata()  # of which torch would log a traceback
             dcp.load(state, storage_reader=reader, no_dist=alone or not dist.is_initialized())
-    except (RuntimeError, KeyError, ValueError, dcp.api.CheckpointException) as error:
+    except dcp.api.CheckpointException as error:
+        reason = next((str(found) for found, _ in error.failures.values()), str(error))  # of the first rank
+        raise ConfigError(f"{folder} does not fit the recipe: {' '.join(reason.split())[:500]}") from error
+    except (RuntimeError, KeyError, ValueError, SafetensorError) as error:
         raise ConfigError(f"{folder} does not fit the recipe: {' '.join(str(error).split())[:500]}") from error
+    broken = [name for name, value in sorted(state.items()) if value.is_floating_point() and not _finite(value)]
+    if bool(broken) if alone else ranks.agree(bool(broken)):
+        first = f", first in {broken[0]}" if broken else ""
+        raise ConfigError(f"{folder} holds values that are not finite{first}; take an earlier checkpoint")
+
+
+def _finite(value: Tensor) -> bool:
+    """Whether every value of this rank's part of a tensor is a finite number."""
+    return bool(getattr(value, "_local_tensor", value).isfinite().all())
 
 
 def read_tensors(folder: Path, prefixes: tuple[str, ...]) -> dict[str, Tensor]:

@@ -132,7 +132,7 @@ def from_file(path: Path) -> Source:
     if path.suffix == ".safetensors":
         return Source(str(path), _read_safetensors(path))
     tensors, notes = unwrap(_read_pickle(path), path)
-    return Source(str(path), tensors, notes=notes)
+    return Source(str(path), _finite(path, tensors), notes=notes)
 
 
 def from_folder(folder: Path) -> Source:
@@ -234,9 +234,18 @@ def _holds_tensors(loaded: dict) -> bool:
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ConfigError(f"{path} cannot be read as safetensors: {error}") from error
+    return _finite(path, tensors)
+
+
+def _finite(path: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, when every value of theirs is a finite number."""
+    broken = sorted(n for n, value in tensors.items() if value.is_floating_point() and not value.isfinite().all())
+    if broken:
+        raise ConfigError(f"{path} holds values that are not finite, first in {broken[0]}; take other weights")
+    return tensors
 
 
 def _read_pickle(path: Path) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 
 from mim import checkpoint, resume, stopping
 from mim.config import ConfigError
@@ -308,3 +309,20 @@ def test_all_ranks_refuse_a_run_whose_checkpoints_are_gone(tmp_path):
     answers = together(tmp_path, lambda rank: found_by(folder))
     assert answers[0] == answers[1]
     assert "was saved at step 30" in answers[0]
+
+
+def test_a_checkpoint_whose_weights_are_not_finite_is_refused_in_one_sentence(tmp_path):
+    """A save does not ask what the numbers are, and its hashes are right: who reads them asks."""
+    tensors = {"model.head": torch.tensor([1.0, float("nan")]), "model.count": torch.tensor(3)}
+    (tmp_path / "tensors").mkdir()
+    save_file(tensors, tmp_path / "tensors/shard-00001-model-00001-of-00001.safetensors")
+    with pytest.raises(ConfigError, match=r"holds values that are not finite, first in model\.head"):
+        checkpoint.read_tensors(tmp_path, ("model.",))
+
+
+def test_a_file_of_tensors_whose_header_lies_is_refused_in_one_sentence(tmp_path, caplog):
+    (tmp_path / "tensors").mkdir()
+    (tmp_path / "tensors/shard-00001-model-00001-of-00001.safetensors").write_bytes((1 << 60).to_bytes(8, "little"))
+    with pytest.raises(ConfigError, match=r"does not fit the recipe: .*header too large"):
+        checkpoint.load_tensors(tmp_path, {"model.head": torch.zeros(2)})
+    assert not caplog.records

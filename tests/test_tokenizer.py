@@ -105,3 +105,21 @@ def test_a_tokenizer_that_is_not_finite_is_never_saved(saved, tmp_path):
     ):
         tokenizers.save(original, tmp_path / "broken", name="dvae", config=vars(SMALL), card={})
     assert not (tmp_path / "broken").exists()
+
+
+@pytest.mark.parametrize("content", [b"", (1 << 60).to_bytes(8, "little") + b"{}"], ids=["empty", "huge header"])
+def test_a_file_of_weights_that_cannot_be_read_is_named(saved, content):
+    _, folder = saved
+    (folder / "tokenizer.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"tokenizer\.safetensors cannot be read as safetensors: .*header"):
+        tokenizers.load(folder)
+
+
+def test_weights_that_are_not_finite_are_refused(saved):
+    _, folder = saved
+    state = load_file(folder / "tokenizer.safetensors")
+    name = min(n for n, value in state.items() if value.is_floating_point())
+    state[name].view(-1)[0] = float("inf")
+    save_file(state, folder / "tokenizer.safetensors")
+    with pytest.raises(ValueError, match=rf"holds values that are not finite, first in {name}"):
+        tokenizers.load(folder)

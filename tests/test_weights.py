@@ -183,6 +183,14 @@ def test_a_file_of_something_else_names_what_it_has_and_what_is_wanted(tmp_path)
         fill(encoder_of(positions="learn", model="vit_tiny_patch16_224"), tmp_path / "resnet.safetensors")
 
 
+@pytest.mark.parametrize("ending", ["safetensors", "pth"])
+def test_weights_that_are_not_finite_are_refused(tmp_path, ending):
+    state = {"norm.weight": torch.ones(3), "norm.bias": torch.tensor([0.0, float("nan"), 1.0])}
+    (save_file if ending == "safetensors" else torch.save)(state, tmp_path / f"broken.{ending}")
+    with pytest.raises(ConfigError, match=rf"broken\.{ending} holds values that are not finite, first in norm\.bias"):
+        fill(encoder_of(), tmp_path / f"broken.{ending}")
+
+
 @pytest.mark.parametrize("name", ["resnet51", "nowhere/model.pth", "runs/none@3"])
 def test_a_source_that_is_nothing_is_refused_with_what_it_could_be(name):
     with pytest.raises(ConfigError, match="is neither a file, a folder with"):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -56,8 +57,7 @@ def save(tokenizer: nn.Module, folder: str | Path, *, name: str, config: dict[st
     """Writes a tokenizer: `name` is its module in this folder, `config` the fields of its Config, `card` its scores."""
     folder = Path(folder)
     state = {key: tensor.contiguous() for key, tensor in tokenizer.state_dict().items()}
-    broken = sorted(key for key, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all())
-    if broken:
+    if broken := not_finite(state):
         raise ValueError(
             f"the tokenizer for {folder} holds values that are not finite, first in {broken[0]}; "
             f"start again from an earlier checkpoint with a lower optim.lr"
@@ -81,7 +81,12 @@ def load(folder: str | Path) -> Any:
         devices=[]
     ):  # the initial weights are overwritten: they must not move anyone's random state
         tokenizer = module.build(cfg)
-    state = load_file(folder / WEIGHTS)
+    try:
+        state = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} cannot be read as safetensors: {error}; get the folder again") from error
+    if broken := not_finite(state):
+        raise ValueError(f"{folder / WEIGHTS} holds values that are not finite, first in {broken[0]}")
     require_same_layout(state, tokenizer.state_dict(), f"{folder / WEIGHTS} does not match its config")
     tokenizer.load_state_dict(state, assign=True)  # also where it was built without memory
     return tokenizer.requires_grad_(False).eval()
@@ -107,6 +112,11 @@ def write_card(folder: str | Path, card: dict[str, float]) -> None:
     """Replace the score card of the tokenizer in a folder."""
     file = Path(folder) / DESCRIPTION
     _write_json(file, {**_description(file), "card": card})
+
+
+def not_finite(state: dict[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold a value that is no finite number, sorted."""
+    return sorted(key for key, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all())
 
 
 def require_same_layout(found: dict[str, Tensor], expected: dict[str, Tensor], sentence: str) -> None:

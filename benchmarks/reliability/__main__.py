@@ -3,6 +3,7 @@
 python -m benchmarks.reliability                     all cases, as a table
 python -m benchmarks.reliability C1 C2 --json out.json
 python -m benchmarks.reliability F --reader ours     a whole group, for one reader
+python -m benchmarks.reliability E --quick           fewer places and trainings, as in the tests
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 from benchmarks.reliability import (
     cases_bucket,
     cases_cache,
+    cases_checkpoints,
     cases_damage,
     cases_doors,
     cases_elastic,
@@ -27,6 +29,10 @@ from benchmarks.reliability import (
     cases_pixels,
     cases_remote,
     cases_resume,
+    cases_runs,
+    cases_saves,
+    cases_weights,
+    cases_worlds,
 )
 from benchmarks.reliability.bench import OURS, READERS, Bench, Case
 from benchmarks.reliability.trials import Trials, temporary_folder
@@ -35,6 +41,7 @@ from benchmarks.reliability.verdicts import PASS, SKIPPED, Verdict
 PARTS = (
     cases_bucket,
     cases_cache,
+    cases_checkpoints,
     cases_damage,
     cases_doors,
     cases_elastic,
@@ -42,6 +49,10 @@ PARTS = (
     cases_pixels,
     cases_remote,
     cases_resume,
+    cases_runs,
+    cases_saves,
+    cases_weights,
+    cases_worlds,
 )
 CASES: tuple[Case, ...] = tuple(sorted((case for part in PARTS for case in part.CASES), key=lambda case: case.id))
 WIDTH = 64  # characters of a detail in the table
@@ -53,13 +64,14 @@ def main() -> int:
     parser.add_argument("cases", nargs="*", help="cases (C1) or groups (C); default: all")
     parser.add_argument("--reader", choices=READERS, action="append", help="default: both")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all verdicts with their details")
+    parser.add_argument("--quick", action="store_true", help="fewer places and trainings, as in the tests")
     arguments = parser.parse_args()
     chosen = [case for case in CASES if not arguments.cases or {case.id, case.id[0]} & set(arguments.cases)]
     if not chosen:
         parser.error(f"no such case; known are {', '.join(case.id for case in CASES)}")
     rows = []
     with temporary_folder() as folder, Trials(Path(folder) / "trials") as trials:
-        bench = Bench(Path(folder), trials)
+        bench = Bench(Path(folder), trials, quick=arguments.quick)
         for case in chosen:
             row = run(case, bench, arguments.reader or READERS)
             rows.append(row)

@@ -5,6 +5,7 @@
     usual   `webdataset.WebDataset` + `torch.utils.data.DataLoader` + `accelerate.prepare`, with their defaults; the
             splitter by node where there are several, which WebDataset asks for
     cli     a `mim` command
+    train, train usual, starts    benchmarks/reliability/trainers.py
 
 `usual` resumes by `accelerate.skip_first_batches`, as its documentation shows.
 """
@@ -26,8 +27,8 @@ import webdataset
 from accelerate.utils import set_seed
 from PIL import Image
 
-import mim.train  # noqa: F401  so that a command of a child need not load it
 from benchmarks.reliability.fixtures import SIDE, Row, pixels_of, row_of
+from benchmarks.reliability.trainers import TRAINERS, starts
 from mim.__main__ import main, one_sentence
 from mim.config import ConfigError
 from mim.contracts import DataError, StorageError
@@ -45,7 +46,7 @@ GRID = 36  # patches of a mask
 def read(trial: dict[str, Any], rank: int, emit: Emit) -> tuple[int, str]:
     """Run a trial's reader; return its exit code and the message of its end ("" when there is none)."""
     try:
-        {"ours": ours, "usual": usual, "cli": cli}[trial["reader"]](trial, rank, emit)
+        READERS[trial["reader"]](trial, rank, emit)
     except SystemExit as stop:
         return int(stop.code or 0), ""
     except tuple(CODES) as error:
@@ -170,3 +171,6 @@ def _steps(batches: Any, num_steps: int | None, epoch: int, skip: int) -> Iterat
         if num_steps is None or not done:
             return
         epoch, skip = epoch + 1, 0
+
+
+READERS = {"ours": ours, "usual": usual, "cli": cli, "starts": starts, **TRAINERS}

@@ -188,18 +188,24 @@ def serve() -> None:
             if pid == 0:
                 _child(trial | trial["each"][rank], rank, readers)
             children.append(pid)
-        answers.write(json.dumps(_watch(children, trial["limit"])) + "\n")
+        answers.write(json.dumps(_watch(children, trial["limit"], trial.get("grace"))) + "\n")
         answers.flush()
 
 
-def _watch(children: list[int], limit: float) -> list[dict[str, bool]]:
-    """Wait for all children, end those that pass the limit, and what they leave behind."""
+def _watch(children: list[int], limit: float, grace: float | None) -> list[dict[str, bool]]:
+    """Wait for all children, end those that pass the limit, and what they leave behind.
+
+    grace: seconds that the others have when one has failed, as launchers of several ranks give them.
+    """
     deadline = time.monotonic() + limit
     waiting = set(children)
     while waiting and time.monotonic() < deadline:
         for pid in list(waiting):
-            if os.waitpid(pid, os.WNOHANG)[0]:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
                 waiting.discard(pid)
+                if status and grace is not None:
+                    deadline = min(deadline, time.monotonic() + grace)
         time.sleep(0.002)
     states = []
     for pid in children:
