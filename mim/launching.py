@@ -41,8 +41,8 @@ class Wrapped:
     how: str  # for the start lines
 
 
-def launch(machine: Machine, run: Path) -> Accelerator:
-    """Find this process's place among the others, and its device and precision.
+def launch(machine: Machine, run: Path, *handlers: Any) -> Accelerator:
+    """Find this process's place among the others, and its device and precision; `handlers` are accelerate's.
 
     Raises ConfigError where the launcher was told something that would not happen.
     """
@@ -50,12 +50,13 @@ def launch(machine: Machine, run: Path) -> Accelerator:
     cpu = machine.cpu or not torch.accelerator.is_available()
     if cpu and machine.precision == "fp16":
         raise ConfigError("train.precision=fp16 needs a GPU; on a CPU use train.precision=bf16 or no")
+    in_ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=machine.precision,
         log_with=machine.trackers or None,
         project_dir=str(run),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[in_ddp, *handlers],
     )
     if _is_set("ACCELERATE_USE_FSDP") and not accelerator.is_fsdp2:
         why = "this launch runs on CPUs" if accelerator.device.type == "cpu" else "it is not of version 2"

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import tokenizer as tokenizers
 from mim import (
     __version__,
+    backbone_file,
     build,
     checkpoint,
     config,
@@ -222,6 +223,8 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
         status(job, "failed", step, reason=excess)
         raise DataError(f"{excess}; step {step} is saved, the same command goes on from there")
     code = DONE if start == total or step == total else STOPPED
+    if code == DONE:
+        backbone_file.write(job, total, again=start < total)
     status(job, "done" if code == DONE else "stopped", total if code == DONE else step)
     last_words = f"done: {job.run}" if code == DONE else f"stopped at step {step}; the same command resumes"
     say(last_words, main=main_rank)

@@ -30,6 +30,7 @@ LEVELS = [
     {"mim.evals", "mim.exports", "mim.report"},
     {"mim.job", "mim.stopping"},
     {"mim.looking", "mim.launching"},
+    {"mim.backbone_file"},
     {"mim.train"},
     {"mim.demo", "mim.plan", "mim.shard_commands", "mim.make_tokens"},
     {"mim.token_commands"},
