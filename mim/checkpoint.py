@@ -52,7 +52,9 @@ def gather_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, ema: dict
     """Name every tensor of the training state: `model.*`, `optimizer.*`, `ema.*`, free of wrapper prefixes."""
     state: dict[str, Any] = {f"model.{name}": value for name, value in get_model_state_dict(model).items()}
     optimizer_state = get_optimizer_state_dict(model, optimizer, options=FLAT)
-    state |= {f"optimizer.{k}": v for k, v in optimizer_state.items() if isinstance(v, Tensor)}
+    for name, value in optimizer_state.items():
+        if isinstance(value, Tensor):  # LAMB's groups count their steps: one tensor under the names of all parameters
+            state[f"optimizer.{name}"] = value.clone() if name.startswith("param_groups.") else value
     return state | {f"ema.{name}": value for name, value in ema.items()}
 
 

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from mim import build, frozen_networks
+from mim import build, frozen_networks, optim
 from mim.config import ConfigError
 from mim.contracts import Batch
 
@@ -52,9 +52,7 @@ class Footprint:
     rows: int  # of a micro-batch
     activations: int = 0  # bytes that the forward pass of a micro-batch leaves for the backward pass
     peak: int = 0  # largest number of bytes that a step holds beside weights and optimizer: activations and gradients
-    weights: dict[str, int] = field(
-        default_factory=dict
-    )  # bytes of weights, gradients, AdamW's states, average, frozen
+    weights: dict[str, int] = field(default_factory=dict)  # bytes of weights, gradients, optimizer, average, frozen
 
     @property
     def total(self) -> int:
@@ -71,14 +69,14 @@ class Footprint:
         return self.total - self.peak + fixed + (self.peak - fixed) * rows // self.rows
 
 
-def measure(built: build.Built, *, rows: int, micro_batches: int, precision: str, average: bool) -> Footprint:
-    """Run one step on fake tensors, which uses `built` up. `average`: an average of the weights is kept (EMA)."""
+def measure(built: build.Built, optimizer: optim.Config, *, rows: int, micro_batches: int, precision: str) -> Footprint:
+    """Run one step on fake tensors, which uses `built` up."""
     trained = sum(_bytes(p) for p in built.objective.parameters() if p.requires_grad)
     weights = {
         "weights": sum(_bytes(t) for t in _tensors(built.objective)),
         "gradients": trained,
-        "AdamW": 2 * trained,
-        "average": trained if average else 0,
+        "optimizer": optim.state_bytes(built.objective, optimizer),
+        "average": trained if optimizer.ema is not None else 0,
         "frozen": sum(_bytes(t) for network in built.frozen.values() for t in _tensors(network)),
     }
     found = Footprint(_parts(built), {}, rows, weights=weights)

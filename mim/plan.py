@@ -113,12 +113,10 @@ def resolve(
     repeats, micro = built.views.data.repeats, cfg.train.micro_batches
     rows = order.Plan(repeats, cfg.optim.batch_size, world=world, micro_batches=micro).micro_size
     scales = [group["lr_scale"] for group in optim.parameter_groups(built.objective, cfg.optim)]
-    cost = footprint.measure(
-        built, rows=rows, micro_batches=micro, precision=cfg.train.precision, average=cfg.optim.ema is not None
-    )
+    cost = footprint.measure(built, cfg.optim, rows=rows, micro_batches=micro, precision=cfg.train.precision)
     steps, batch_size = rates.total_steps, cfg.optim.batch_size
     moments = {"start": 0, "end of warm-up": rates.warmup_steps, "half": steps // 2, "end": steps - 1}
-    saved = sum(cost.weights[name] for name in ("weights", "AdamW", "average"))
+    saved = sum(cost.weights[name] for name in ("weights", "optimizer", "average"))
     return {
         "recipe": name,
         "objective": built.sections["objective"]["name"],
@@ -141,6 +139,7 @@ def resolve(
         "lr_curve": [rates.at(round(i * (steps - 1) / (COLUMNS - 1)))[0] for i in range(COLUMNS)],
         "lr_scale": [min(scales), max(scales)],
         "weight_decay": [rates.at(0)[1], rates.at(steps - 1)[1]],
+        "optimizer": cfg.optim.name,
         "betas": list(cfg.optim.betas),
         "ema": cfg.optim.ema,
         "clip_grad": cfg.optim.clip_grad,
@@ -235,7 +234,7 @@ def rate_lines(plan: dict[str, Any]) -> Iterator[str]:
         yield f"  times {low:.3g} in the lowest layer to {high:.3g} in the head"
     first, last = plan["weight_decay"]
     yield (
-        f"weight decay {first:g}{f' to {last:g}' if last != first else ''}, AdamW betas {plan['betas']}, "
+        f"weight decay {first:g}{f' to {last:g}' if last != first else ''}, {plan['optimizer']} betas {plan['betas']}, "
         + ("no average of the weights, " if plan["ema"] is None else f"average of the weights {plan['ema']}, ")
         + (f"gradient clipped at norm {plan['clip_grad']:g}" if plan["clip_grad"] else "gradient not clipped")
     )
@@ -244,7 +243,7 @@ def rate_lines(plan: dict[str, Any]) -> Iterator[str]:
 def memory_lines(plan: dict[str, Any]) -> Iterator[str]:
     """Bytes of one device, and with how many micro-batches a step fits usual ones."""
     memory = plan["memory"]
-    kept = ("weights", "AdamW", "average", "frozen")
+    kept = ("weights", "optimizer", "average", "frozen")
     yield (
         f"memory of a device: {memory['total'] / GIB:.2f} GiB = "
         + " + ".join(f"{name} {memory[name] / GIB:.2f}" for name in kept if memory[name])

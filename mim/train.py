@@ -108,12 +108,15 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
     job = Job(cfg, run, built, rates, dataset, sequence, journal, learned, accelerator, model, optimizer, ema, name)
     job.twin = wrapped.twin
     state: dict[str, Any] = {"step": 0, "look": start.report is not None}
+    optim.allocate(optimizer.optimizer)
     if start.optimizer is not None:
         checkpoint.restore_optimizer(start.optimizer, model, optimizer.optimizer)
     if resumed is not None:
         state = checkpoint.restore(resumed, model, optimizer.optimizer, ema)
         job.card = tokenizers.score_card(resumed)
         journal.restore(state.get("bad", []))
+        if accelerator.scaler is not None and state.get("scaler"):
+            accelerator.scaler.load_state_dict(state["scaler"])
         say(
             f"resumed at step {state['step']} of {rates.total_steps}, position {state['position']} of the stream",
             main=main_rank,
@@ -176,12 +179,10 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
             fingerprint = (fingerprint + batch["fingerprint"]) % stream.FINGERPRINT_MODULUS
             job.journal.add(step, batch["bad"])
 
-        # ---- update; skipped on the device when the gradient is not finite -------------------------------------------
+        # ---- update; skipped when the gradient is not finite ---------------------------------------------------------
         norm = clip(accelerator, model, cfg.optim.clip_grad)
         finite = torch.isfinite(norm)
-        if accelerator.scaler is None:
-            optimizer.optimizer.found_inf = (~finite).float()
-        optimizer.step()
+        optim.update(optimizer, finite, accelerator.scaler)
         optimizer.zero_grad()
         averages.add_step({"grad_norm": torch.where(finite, norm, 0.0), "skipped": ~finite}, world)
         if hasattr(objective, "after_step"):
@@ -308,6 +309,7 @@ def save(job: Job, step: int, fingerprint: int, averages: Averages) -> None:
         "averages": averages.state(ranks.add),
         "bad": job.journal.state(),
         "order": job.sequence.identity(),
+        "scaler": job.accelerator.scaler.state_dict() if job.accelerator.scaler is not None else None,  # of fp16
         "experiment": config.digest(job.experiment),
         "versions": {"mimstream": __version__, "torch": torch.__version__},
     }

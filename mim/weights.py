@@ -100,6 +100,11 @@ def start(built: Any, run: str | None, *, optimizer: bool, resumed: bool) -> Sta
     path = folder.parent.parent.absolute()
     experiment = checkpoint.read_json(folder / "state.json")["experiment"]
     parent = {"run": str(path), "step": checkpoint.step_of(folder), "experiment": experiment}
+    if optimizer and (theirs := checkpoint.read_config(path)["optim"]["name"]) != built.sections["optim"]["name"]:
+        raise ConfigError(
+            f"init.optimizer=true takes the state of {theirs} from {path}, but optim.name="
+            f"{built.sections['optim']['name']}; use one optimizer for both, or init.optimizer=false"
+        )
     return Start(report, parent, folder if optimizer else None)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mim import build, footprint
+from mim import build, footprint, optim
 from mim.config import ConfigError
 
 WIDTH, DEPTH, PATCH, PATCHES = 32, 2, 8, 16  # of the tiny recipe at 32 pixels
@@ -25,8 +25,9 @@ def measured(recipe):
             sections["tokenizer"] = {"recipe": "dvae_small_cifar10"}
             sections["objective"]["num_codes"] = 512
             sections["encoder"]["patch_size"] = 4
-        options = {"rows": 4, "micro_batches": 1, "precision": "no", "average": False} | options
-        return footprint.measure(meta(sections), **options)
+        options = {"rows": 4, "micro_batches": 1, "precision": "no"} | options
+        optimizer = optim.Config(**{key: options.pop(key) for key in ("name", "ema") if key in options})
+        return footprint.measure(meta(sections), optimizer, **options)
 
     return measure
 
@@ -51,7 +52,7 @@ def test_an_encoder_that_drops_patches_does_the_operations_of_the_visible_ones(m
 def test_no_gradient_goes_through_a_frozen_encoder(recipe):
     sections = recipe("classify")
     sections["objective"]["frozen"] = True
-    found = footprint.measure(meta(sections), rows=4, micro_batches=1, precision="no", average=True)
+    found = footprint.measure(meta(sections), optim.Config(ema=0.9), rows=4, micro_batches=1, precision="no")
     part = found.parts["encoder"]
     assert (part.forward, part.backward, part.trained) == (encoder_flops(PATCHES + 1)[0], 0, 0)
     assert found.parts["decoder / head"].backward > 0
@@ -154,16 +155,23 @@ def test_gradients_live_through_the_next_micro_batch(measured):
 
 
 def test_weights_are_counted_with_what_the_optimizer_keeps(measured, recipe):
-    found = measured(average=True)
+    found = measured(ema=0.9)
     objective = meta(recipe()).objective
     trained = 4 * sum(p.numel() for p in objective.parameters() if p.requires_grad)
-    assert [found.weights[name] for name in ("gradients", "AdamW", "average", "frozen")] == [
+    assert [found.weights[name] for name in ("gradients", "optimizer", "average", "frozen")] == [
         trained,
         2 * trained,
         trained,
         0,
     ]
     assert found.total == found.peak + sum(found.weights.values()) - trained
+
+
+@pytest.mark.parametrize("name", ["lion", "muon"])
+def test_an_optimizer_with_fewer_moments_holds_less(measured, name):
+    adamw, other = measured(), measured(name=name)
+    assert 0.5 <= other.weights["optimizer"] / adamw.weights["optimizer"] < 0.8
+    assert adamw.total - other.total == adamw.weights["optimizer"] - other.weights["optimizer"]
 
 
 def test_half_precision_holds_less(measured):

@@ -170,13 +170,13 @@ def test_a_device_that_is_too_small_needs_more_micro_batches(planned):
 
 
 def test_the_text_tells_what_the_numbers_are(write, capsys):
-    plan.main(write(optim__ema=0.99, optim__clip_grad=3.0), [])
+    plan.main(write(optim__ema=0.99, optim__clip_grad=3.0, optim__name="lion"), [])
     said = capsys.readouterr().out
     for words in (
         "mae: mae on vit\n",
         "16 patches, 8 masked, 8 visible, 9 in the encoder, 17 in the decoder / head",
         "batch 8 = 1 rank x 1 micro-batch of 8",
-        "average of the weights 0.99, gradient clipped at norm 3",
+        "lion betas [0.9, 0.99], average of the weights 0.99, gradient clipped at norm 3",
         "every: log 50 steps (1 times), save ",
         "train.micro_batches that fit about: 16 GiB with 1, ",
     ):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -163,6 +164,59 @@ def test_a_tokenizer_run_resumes_bit_for_bit_with_its_code_statistics(dataset, t
     run(path, tmp_path / "stopped")
     assert_same(tmp_path / "stopped", tmp_path / "whole")
     assert "perplexity" in lines(tmp_path / "whole")[-1]
+
+
+@pytest.mark.parametrize("name", ["lamb", "lars", "lion", "muon"])  # adamw everywhere else
+def test_a_run_of_any_optimizer_resumes_bit_for_bit(dataset, tmp_path, name):
+    path = recipe(dataset, tmp_path, optim__name=name, optim__layer_decay=0.75)
+    run(path, tmp_path / "whole")
+    run(path, tmp_path / "stopped", stop_at=5)
+    run(path, tmp_path / "stopped")
+    assert_same(tmp_path / "stopped", tmp_path / "whole")
+    assert not lines(tmp_path / "whole")[-1]["skipped"]
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb", "lars", "lion", "muon"])
+def test_a_run_whose_first_steps_were_skipped_resumes_as_if_never_stopped(dataset, tmp_path, monkeypatch, name):
+    """Nothing has made the optimizer's state then but the start of the run."""
+    from mim.objectives.mae import MAE
+
+    honest = MAE.forward
+
+    def poisoned(self, batch, progress):
+        out = honest(self, batch, progress)
+        return {"loss": out["loss"] * torch.where(progress * STEPS < 1.5, torch.inf, 1.0)}
+
+    monkeypatch.setattr(MAE, "forward", poisoned)
+    path = recipe(dataset, tmp_path, optim__name=name, train__log_every="1 steps")
+    run(path, tmp_path / "whole")
+    run(path, tmp_path / "stopped", stop_at=2)
+    moments = {name: value for name, value in tensors(tmp_path / "stopped").items() if name.startswith("optimizer.")}
+    assert moments
+    assert not any(value.any() for value in moments.values())
+    run(path, tmp_path / "stopped")
+    assert_same(tmp_path / "stopped", tmp_path / "whole")
+    assert [entry["skipped"] for entry in lines(tmp_path / "whole")] == [1, 1, 0, 0, 0, 0, 0]
+
+
+def test_a_run_with_scaled_losses_resumes_with_its_scale(dataset, tmp_path, monkeypatch):
+    """What fp16 has, on a CPU: the scaler that accelerate makes on a GPU, doubling its scale every 2 steps."""
+    made = []
+    honest = Accelerator.__init__
+
+    def scaled(self, *args, **options):
+        honest(self, *args, **options)
+        self.scaler, self.native_amp = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2), True
+        made.append(self.scaler)
+
+    monkeypatch.setattr(Accelerator, "__init__", scaled)
+    monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
+    path = recipe(dataset, tmp_path, train__log_every="1 steps")
+    run(path, tmp_path / "whole")
+    run(path, tmp_path / "stopped", stop_at=5)
+    run(path, tmp_path / "stopped")
+    assert [scaler.get_scale() for scaler in made] == [64.0, 32.0, 64.0]
+    assert_same(tmp_path / "stopped", tmp_path / "whole")
 
 
 def test_a_killed_run_falls_back_to_its_newest_valid_checkpoint_and_says_why(dataset, tmp_path, uninterrupted, capsys):

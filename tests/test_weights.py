@@ -427,6 +427,11 @@ def test_init_run_may_change_sizes_but_not_with_the_optimizer(go, first):
         go("other", init__run=str(first), init__optimizer=True, data__image_size=48)
 
 
+def test_the_state_of_another_optimizer_is_refused(go, first):
+    with pytest.raises(ConfigError, match=r"takes the state of adamw from .*, but optim.name=lion; use one optimizer"):
+        go("other", init__run=str(first), init__optimizer=True, optim__name="lion")
+
+
 def test_a_tokenizer_run_starts_from_another(recipe, tmp_path):
     losses = []
     for name, init in (("first", None), ("again", str(tmp_path / "first"))):
