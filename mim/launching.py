@@ -41,11 +41,13 @@ class Wrapped:
     how: str  # for the start lines
 
 
-def launch(machine: Machine, run: Path, *handlers: Any) -> Accelerator:
+def launch(cfg: Config, run: Path, *handlers: Any) -> Accelerator:
     """Find this process's place among the others, and its device and precision; `handlers` are accelerate's.
 
-    Raises ConfigError where the launcher was told something that would not happen.
+    Raises ConfigError where the launcher was told something that would not happen, and for an optimizer or a precision
+    that cannot be sharded.
     """
+    machine = cfg.train
     check_environment(machine)
     cpu = machine.cpu or not torch.accelerator.is_available()
     if cpu and machine.precision == "fp16":
@@ -66,8 +68,10 @@ def launch(machine: Machine, run: Path, *handlers: Any) -> Accelerator:
         )
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ConfigError(f"{accelerator.distributed_type.value} is not offered; use DDP, or FSDP of version 2")
-    if machine.precision == "fp16" and is_sharded(accelerator, machine):
-        raise ConfigError("train.precision=fp16 is not offered with sharding; use train.precision=bf16")
+    if is_sharded(accelerator, machine):
+        optim.check_sharded(cfg.optim.name)
+        if machine.precision == "fp16":
+            raise ConfigError("train.precision=fp16 is not offered with sharding; use train.precision=bf16")
     return accelerator
 
 
@@ -92,8 +96,7 @@ def is_sharded(accelerator: Accelerator, machine: Machine) -> bool:
 def wrap(accelerator: Accelerator, objective: nn.Module, cfg: Config) -> Wrapped:
     """Put the objective on its devices, with its optimizer: recomputed and compiled blocks, then FSDP2, DDP or none.
 
-    The optimizer is made afterwards, so it holds the parameters that the devices have. Raises ConfigError where an
-    optimizer cannot work on shards.
+    The optimizer is made afterwards, so it holds the parameters that the devices have.
     """
     machine, sharded = cfg.train, is_sharded(accelerator, cfg.train)
     objective.to(accelerator.device)

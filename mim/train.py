@@ -54,7 +54,7 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
     run = Path(cfg.train.run or f"runs/{Path(recipe).stem}").expanduser()
 
     # ---- launch ------------------------------------------------------------------------------------------------------
-    accelerator = launching.launch(cfg.train, run)
+    accelerator = launching.launch(cfg, run)
     main_rank = accelerator.is_main_process
 
     # ---- data and networks -------------------------------------------------------------------------------------------

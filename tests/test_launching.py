@@ -11,9 +11,9 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.state import AcceleratorState
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
-from mim import launching
+from mim import launching, optim
 from mim.config import ConfigError
-from mim.job import Machine
+from mim.job import Config, Machine
 from tests.test_train import dataset, lines, recipe, run, tensors  # noqa: F401  (dataset is a fixture)
 
 ROOT = Path(__file__).parent.parent
@@ -31,6 +31,10 @@ def accelerator(*, num_processes=2, is_fsdp2=False):
     return SimpleNamespace(num_processes=num_processes, is_fsdp2=is_fsdp2)
 
 
+def recipe_with(*, optimizer="adamw", **machine):
+    return Config({}, {}, optim.Config(name=optimizer, lr=1e-3), train=Machine(cpu=True, **machine))
+
+
 # ---- what the launcher was told ------------------------------------------------------------------
 
 
@@ -38,7 +42,7 @@ def test_fsdp_that_accelerate_would_leave_out_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     with pytest.raises(ConfigError, match=r"asks for FSDP, but this launch runs on CPUs.* set train.shard=true"):
-        launching.launch(Machine(cpu=True), tmp_path)
+        launching.launch(recipe_with(), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +68,7 @@ def test_one_precision_in_both_places_is_no_contradiction(monkeypatch):
 
 def test_fp16_on_a_cpu_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"fp16 needs a GPU; on a CPU use train.precision=bf16"):
-        launching.launch(Machine(cpu=True, precision="fp16"), tmp_path)
+        launching.launch(recipe_with(precision="fp16"), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +82,13 @@ def test_fp16_on_a_cpu_is_refused(tmp_path):
 )
 def test_parameters_are_sharded_where_the_recipe_or_accelerate_says_so(asked, found, sharded):
     assert launching.is_sharded(found, Machine(shard=asked)) is sharded
+
+
+@pytest.mark.parametrize("name", ["lamb", "lars", "muon"])
+def test_an_optimizer_that_needs_whole_tensors_is_not_sharded(monkeypatch, tmp_path, name):
+    monkeypatch.setattr(launching, "is_sharded", lambda *_: True)
+    with pytest.raises(ConfigError, match=f"optim.name={name} needs whole tensors"):
+        launching.launch(recipe_with(optimizer=name), tmp_path)
 
 
 # ---- configs/accelerate --------------------------------------------------------------------------
