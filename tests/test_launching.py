@@ -152,8 +152,9 @@ def test_a_run_with_recomputed_blocks_is_the_same_run_bit_for_bit(dataset, tmp_p
 
 
 @pytest.mark.slow
-def test_a_compiled_run_has_the_losses_and_the_names_of_one_that_is_not(dataset, tmp_path):  # noqa: F811
-    """With code generation, which takes about a minute on a CPU."""
+def test_a_compiled_run_has_the_losses_and_the_names_of_one_that_is_not(dataset, tmp_path, monkeypatch):  # noqa: F811
+    """With code generation, which takes minutes on a CPU, and nothing that an earlier one left half written."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     path = recipe(dataset, tmp_path, encoder__drop_path_rate=0.0)
     run(path, tmp_path / "plain")
     run(path, tmp_path / "compiled", "train.compile=true")
