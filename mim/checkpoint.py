@@ -1,4 +1,4 @@
-"""The run directory: save, rotate, resume, verify.
+"""The run directory: what a checkpoint holds, which ones are valid, and how one is read.
 
     RUN/config.yaml  log.jsonl  journal.jsonl  status.json  pictures/  checkpoints/step-00001200/
         tensors/*.safetensors   model, optimizer and average, written by torch.distributed.checkpoint (no pickle)
@@ -6,22 +6,18 @@
         state.json              step, position in the stream, identity of the order, sums of the open log interval,
                                 samples that could not be decoded
         manifest.json           size and sha256 of every file, written last
+        PINNED                  while someone wants to keep it (mim/retention.py); the one file that may come later
 
-A checkpoint is written aside, hashed into its manifest, and renamed: that rename is the one commit point, so whatever
-has the name `step-*` was complete when it appeared. Pruning happens only after that.
+A checkpoint is written aside, hashed into its manifest, and renamed (mim/saver.py): that rename is the one commit
+point, so whatever has the name `step-*` was complete when it appeared.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
-import os
 import re
-import shutil
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -41,10 +37,11 @@ from torch.distributed.checkpoint.state_dict import (
 
 from mim import config
 from mim.config import ConfigError
-from mim.contracts import StorageError
-from mim.log import say, write_json
+from mim.log import say
+from mim.snapshot import quiet
 
 FORMAT = 1  # of the run directory; raised when an older program could misread it
+PINNED = "PINNED"  # its name in a checkpoint
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
@@ -67,47 +64,6 @@ def averaged_tensors(objective: nn.Module) -> dict[str, Tensor]:
     trained = {name: p.detach() for name, p in objective.named_parameters() if p.requires_grad}
     saved = objective.state_dict().keys()
     return trained | {n: b for n, b in objective.named_buffers() if n in saved and b.is_floating_point()}
-
-
-def save(
-    run: Path,
-    step: int,
-    tensors: dict[str, Tensor],
-    state: dict[str, Any],
-    *,
-    keep: int,
-    write_extra: Callable[[Path], None] | None = None,
-) -> Path:
-    """Write the checkpoint of a step (called on all ranks) and prune to the newest `keep`. Returns its folder."""
-    main = not dist.is_initialized() or dist.get_rank() == 0
-    final = run / "checkpoints" / f"step-{step:08d}"
-    temporary = final.with_name(f".tmp-{final.name}")
-    try:
-        if main:
-            shutil.rmtree(temporary, ignore_errors=True)
-            (temporary / "tensors").mkdir(parents=True)
-        _barrier()
-        writer = HuggingFaceStorageWriter(str(temporary / "tensors"), save_distributed=True)
-        with _quiet():
-            dcp.save(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
-        _barrier()
-        if main:
-            if write_extra is not None:
-                write_extra(temporary)
-            write_json(temporary / "state.json", {"format": FORMAT, "step": step, **state})
-            _commit(temporary, final)
-    except OSError as error:
-        if main:
-            shutil.rmtree(temporary, ignore_errors=True)
-        if error.errno == errno.ENOSPC:
-            free = shutil.disk_usage(run).free
-            raise StorageError(
-                error.errno, f"no space left for checkpoint {final} ({free >> 20} MiB free); older ones are intact"
-            ) from error
-        raise
-    if main:
-        _prune(run, keep)
-    return final
 
 
 def newest(run: Path, *, report: Callable[[str], None] = say) -> Path | None:
@@ -158,6 +114,10 @@ def verify(folder: Path) -> str | None:
             return f"{name} has {path.stat().st_size} bytes instead of {expected['size']}"
         if _sha256(path) != expected["sha256"]:
             return f"the content of {name} does not match its hash"
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
+    foreign = sorted(found - files.keys() - {"manifest.json", PINNED})
+    if foreign:  # a reader would take tensors from any file that lies there
+        return f"{foreign[0]} is not in its manifest"
     return None
 
 
@@ -204,7 +164,7 @@ def load_tensors(folder: Path, state: dict[str, Tensor], *, alone: bool = False)
     """
     reader = HuggingFaceStorageReader(str(folder / "tensors"))
     try:
-        with _quiet():
+        with quiet():
             dcp.load(state, storage_reader=reader, no_dist=alone or not dist.is_initialized())
     except (RuntimeError, KeyError, ValueError, dcp.api.CheckpointException) as error:
         raise ConfigError(f"{folder} does not fit the recipe: {' '.join(str(error).split())[:500]}") from error
@@ -231,50 +191,6 @@ def part(state: dict[str, Any], prefix: str) -> dict[str, Any]:
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
-def _commit(temporary: Path, final: Path) -> None:
-    """Hash and fsync every file, write the manifest last, and rename."""
-    files = {}
-    for path in sorted(p for p in temporary.rglob("*") if p.is_file()):
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
-        files[str(path.relative_to(temporary))] = {"size": path.stat().st_size, "sha256": _sha256(path)}
-    write_json(temporary / "manifest.json", {"format": FORMAT, "files": files})
-    _fsync_folder(temporary)
-    if final.exists():  # a rejected checkpoint of the same step, or the same step saved again
-        shutil.rmtree(final)
-    temporary.rename(final)
-    _fsync_folder(final.parent)
-
-
-def _prune(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` (at least two) checkpoints, and leftovers of killed saves."""
-    for folder in list_checkpoints(run)[: -max(keep, 2)]:
-        shutil.rmtree(folder)
-    for folder in (run / "checkpoints").glob(".tmp-*"):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the remark that one process saves alone."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 import tokenizer as tokenizers
-from mim import build, checkpoint, config, optim, weights
+from mim import build, checkpoint, config, lease, optim, weights
 from mim.config import ConfigError
 from mim.data import mixture, order, tokens
 from mim.log import say
@@ -47,7 +47,7 @@ def identity(sections: dict[str, Any], dataset: mixture.AnyDataset) -> dict[str,
 def find_resume(run: Path, experiment: dict[str, Any], main_rank: bool) -> Path | None:
     """The checkpoint to resume from; None for a fresh run. A run of another experiment is refused with a diff."""
     if not (run / "config.yaml").is_file():
-        if run.is_dir() and any(run.iterdir()):
+        if run.is_dir() and any(path.name != lease.FILE for path in run.iterdir()):
             raise ConfigError(f"train.run={run} is a folder with other files; choose a new or empty one")
         return None
     changed = config.difference(checkpoint.read_config(run)["experiment"], experiment)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mim import build, optim
 from mim.config import ConfigError
 from mim.data import mixture, quarantine, stages
-from mim.log import write_json
+from mim.log import say, write_json
 
 
 @dataclass
@@ -26,13 +26,15 @@ class Machine:
     workers: int | None = None  # loader processes per rank; null: the CPUs of this process, shared among local ranks
     log_every: str = "50 steps"
     save_every: str = "1 epochs"
-    keep: int = 2  # newest checkpoints that stay, at least 2
+    keep: int = 2  # newest valid checkpoints that stay, at least 2
     cache_dir: str | None = None  # of shards made from image folders, and of remote ones; null: ~/.cache/mimstream
     cache_limit: float | None = None  # GiB of remote shards kept there; null: until 5 % or 20 GiB of the disk are left
     trackers: list[str] = field(default_factory=list)  # accelerate's, e.g. [tensorboard]; log.jsonl is always written
     shard: bool = False  # parameters, gradients and optimizer over the processes (FSDP2); accelerate's FSDP sets it too
     compile: bool = False  # every block with torch.compile; the first step takes minutes
     activation_checkpointing: bool = False  # blocks run forward again in the backward: less memory, a third more time
+    keep_every: str | None = None  # a duration: of the checkpoints between two multiples of it one stays; null: none
+    failed_saves: int = 2  # failed saves in a row that training goes on after; one more ends the run
 
     def __post_init__(self) -> None:
         if self.precision == "False":  # what YAML makes of a bare `no`
@@ -41,6 +43,8 @@ class Machine:
             raise ConfigError(f"train.precision={self.precision!r} is unknown; choose no, bf16 or fp16")
         if self.micro_batches < 1:
             raise ConfigError(f"train.micro_batches={self.micro_batches} must be at least 1")
+        if self.failed_saves < 0:
+            raise ConfigError(f"train.failed_saves={self.failed_saves} must be at least 0")
 
 
 @dataclass
@@ -104,4 +108,7 @@ def status(job: Job, state: str, step: int, *, reason: str | None = None) -> Non
     """Write status.json, which launch scripts read."""
     if job.accelerator.is_main_process:
         value = {"state": state, "step": step, "of": job.rates.total_steps, "recipe": job.recipe}
-        write_json(job.run / "status.json", value | ({"reason": reason} if reason else {}))
+        try:
+            write_json(job.run / "status.json", value | ({"reason": reason} if reason else {}))
+        except OSError as error:  # what a full disk means for the run is decided where a checkpoint is saved
+            say(f"{job.run / 'status.json'} could not be written: {error.strerror}")

@@ -6,6 +6,7 @@ log.jsonl is the truth: one JSON object a line, each with `step` and `event`; a 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -72,11 +73,21 @@ class RunLog:
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text("".join(f"{line}\n" for line in kept))
         temporary.replace(path)
-        self._file: IO[str] = path.open("a")
+        self._file = path.open("ab", buffering=0)
+        self._pending = b""  # what a full disk did not take yet
 
     def write(self, event: str, step: int, **values: Any) -> None:
-        self._file.write(json.dumps({"event": event, "step": step, **values}) + "\n")
-        self._file.flush()
+        """Add a line. On a full disk it waits for the next one: training does not end for want of a line."""
+        full = bool(self._pending)
+        self._pending += (json.dumps({"event": event, "step": step, **values}) + "\n").encode()
+        try:
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) :]
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            if not full:
+                say(f"{self._file.name} takes no more lines: {error.strerror}; they wait until there is space")
 
     def close(self) -> None:
         self._file.close()

@@ -19,12 +19,14 @@ from mim.schedules import to_steps
 
 
 def intervals(cfg: Config, num_images: int) -> dict[str, int]:
-    """Steps between logs, saves and each evaluation."""
+    """Steps between logs, saves, checkpoints that stay (where the recipe says so) and each evaluation."""
     durations = {"log": cfg.train.log_every, "save": cfg.train.save_every}
     for name, section in cfg.evals.items():
         config.component("mim.evals", eval_section(name, section), f"evals.{name}")
         durations[name] = section["every"]
-    where = {"log": "train.log_every", "save": "train.save_every"}
+    if cfg.train.keep_every is not None:
+        durations["keep"] = cfg.train.keep_every
+    where = {"log": "train.log_every", "save": "train.save_every", "keep": "train.keep_every"}
     steps = {}
     for name, duration in durations.items():
         key = where.get(name, f"evals.{name}.every")

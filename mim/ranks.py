@@ -44,27 +44,34 @@ def told_by(rank: int, value: Tensor) -> Tensor:
     return sent.cpu()
 
 
-def add(value: Tensor) -> Tensor:
+def add(value: Tensor, *, group: dist.ProcessGroup | None = None) -> Tensor:
     """Sum of a tensor over all ranks."""
     if dist.is_initialized():
-        dist.all_reduce(value)
+        dist.all_reduce(value, group=group)
     return value
 
 
-def gather(values: list[Any], device: torch.device) -> list[Any]:
-    """The lists of all ranks, joined in the order of ranks. They travel as JSON: nothing is unpickled."""
+def gather(
+    values: list[Any], device: torch.device | None = None, *, group: dist.ProcessGroup | None = None
+) -> list[Any]:
+    """The lists of all ranks, joined in the order of ranks. They travel as JSON: nothing is unpickled.
+
+    A thread beside the loop gives a gloo group of its own.
+    """
     if not dist.is_initialized():
         return values
+    if device is None:
+        device = torch.device("cpu") if group is not None else _device()
     text = torch.frombuffer(bytearray(json.dumps(values).encode()), dtype=torch.uint8).to(device)
     sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
     sizes[dist.get_rank()] = len(text)
-    lengths = add(sizes).tolist()
+    lengths = add(sizes, group=group).tolist()
     if max(lengths) == len("[]"):
         return []
     padded = torch.zeros(max(lengths), dtype=torch.uint8, device=device)
     padded[: len(text)] = text
     texts = [torch.empty_like(padded) for _ in lengths]
-    dist.all_gather(texts, padded)
+    dist.all_gather(texts, padded, group=group)
     lists = [json.loads(t[:n].cpu().numpy().tobytes()) for t, n in zip(texts, lengths, strict=True)]
     return [value for found in lists for value in found]
 

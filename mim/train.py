@@ -31,6 +31,7 @@ from mim import (
     experiment,
     frozen_networks,
     launching,
+    lease,
     optim,
     ranks,
     sharding,
@@ -41,6 +42,7 @@ from mim.data import mixture, quarantine, shuffle, stages, stream
 from mim.job import Config, Job, num_workers, status
 from mim.log import Averages, Progress, RunLog, say
 from mim.looking import averaged, intervals, look, whole
+from mim.saver import Saver
 from mim.stopping import DONE, STOPPED, Stop, stop_signals
 
 
@@ -49,6 +51,14 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
 
     `stop(step)` is asked after optimizer steps; by default it answers yes after SIGTERM or Ctrl-C.
     """
+    with contextlib.ExitStack() as at_exit:
+        return prepare_and_fit(recipe, overrides, dry_run=dry_run, stop=stop, at_exit=at_exit)
+
+
+def prepare_and_fit(
+    recipe: str, overrides: list[str], *, dry_run: bool, stop: Stop | None, at_exit: contextlib.ExitStack
+) -> int:
+    """Wire everything that a recipe names, then train; what must be given back at the end goes to `at_exit`."""
     # ---- recipe ------------------------------------------------------------------------------------------------------
     cfg = config.typed(Config, config.read(recipe, overrides))
     run = Path(cfg.train.run or f"runs/{Path(recipe).stem}").expanduser()
@@ -56,6 +66,7 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
     # ---- launch ------------------------------------------------------------------------------------------------------
     accelerator = launching.launch(cfg, run)
     main_rank = accelerator.is_main_process
+    held = None if dry_run else at_exit.enter_context(lease.hold(run))
 
     # ---- data and networks -------------------------------------------------------------------------------------------
     with accelerator.main_process_first():
@@ -123,14 +134,19 @@ def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop
         )
     if cfg.train.trackers:
         accelerator.init_trackers("mimstream")
+    keep_every = intervals(cfg, len(dataset)).get("keep")
+    saver = at_exit.enter_context(
+        Saver(run, held, keep=cfg.train.keep, keep_every=keep_every, failed_saves=cfg.train.failed_saves)
+    )
     with stop_signals() as signalled:
-        return fit(job, state, stop or signalled)
+        return fit(job, state, saver, stop or signalled)
 
 
-def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
+def fit(job: Job, state: dict[str, Any], saver: Saver, stop: Stop) -> int:
     """Train from a saved state to the end, or until a stop is asked for. Returns the exit code.
 
-    Raises DataError above the budget of bad samples, after the step is saved: a larger budget goes on from there.
+    Raises DataError above the budget of bad samples, after the step is saved: a larger budget goes on from there;
+    StorageError on all ranks when checkpoints cannot be written (mim/saver.py).
     """
     cfg, accelerator, model, optimizer = job.cfg, job.accelerator, job.model, job.optimizer
     device, world, main_rank = accelerator.device, accelerator.num_processes, accelerator.is_main_process
@@ -142,6 +158,7 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
     kept = start or -1  # no checkpoint has step 0: its lines are of an earlier attempt
     log, bad_log = (RunLog(job.run / f"{n}.jsonl", kept) if main_rank else None for n in ("log", "journal"))
     progress_line = Progress(start, total, batch_size=batch_size, main=main_rank)
+    saver.tell = lambda event, at, **values: tell(job, log, event, at, **values)
     waiting = stages.Waiting(num_workers(cfg.train.workers))
     excess: str | None = None
     status(job, "running", start)
@@ -196,6 +213,8 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
         # ---- log, look, save -----------------------------------------------------------------------------------------
         ending = step == total
         logging = ending or step % every["log"] == 0
+        if world == 1 or logging:
+            saver.check()
         stopping = ranks.agree(stop(step)) if world == 1 or logging else False
         saving = stopping or ending or step % every["save"] == 0
         if logging or saving:
@@ -215,7 +234,7 @@ def fit(job: Job, state: dict[str, Any], stop: Stop) -> int:
                 look(job, name, step, log)
         if saving or excess:
             fingerprint = ranks.total_fingerprint(fingerprint, device, main_rank)
-            save(job, step, fingerprint, averages)
+            save(job, saver, step, fingerprint, averages, wait=bool(stopping or ending or excess))
         if excess or (stopping and not ending):
             break
 
@@ -299,8 +318,8 @@ def clip(accelerator: Accelerator, model: nn.Module, max_norm: float | None) -> 
 # ---- log, look, save -----------------------------------------------------------------------------
 
 
-def save(job: Job, step: int, fingerprint: int, averages: Averages) -> None:
-    """Write a checkpoint (all ranks)."""
+def save(job: Job, saver: Saver, step: int, fingerprint: int, averages: Averages, *, wait: bool) -> None:
+    """Write a checkpoint (all ranks) in the background, or `wait` for it."""
     buffers = dict(job.objective.named_buffers())
     ranks.share([*buffers.values(), *(job.ema[name] for name in buffers if name in job.ema)])  # whichever rank writes
     state = {
@@ -314,8 +333,15 @@ def save(job: Job, step: int, fingerprint: int, averages: Averages) -> None:
         "versions": {"mimstream": __version__, "torch": torch.__version__},
     }
     tensors = checkpoint.gather_tensors(job.model, job.optimizer.optimizer, job.ema)
-    checkpoint.save(job.run, step, tensors, state, keep=job.cfg.train.keep, write_extra=tokenizer_writer(job))
+    saver.save(step, tensors, state, write_extra=tokenizer_writer(job), wait=wait)
     status(job, "running", step)
+
+
+def tell(job: Job, log: RunLog | None, event: str, step: int, **values: Any) -> None:
+    """Put what happened to a save into log.jsonl and status.json."""
+    if log is not None:
+        log.write(event, step, **values)
+    status(job, "failed" if values["stops"] else "running", step, reason=values["reason"])
 
 
 def tokenizer_writer(job: Job) -> Callable[[Path], None] | None:

@@ -66,6 +66,17 @@ def test_a_file_is_replaced_whole(tmp_path):
     assert json.loads(path.read_text()) == {"state": "running"}
 
 
+def test_lines_that_a_full_disk_does_not_take_wait_for_space(tmp_path, capsys):
+    log = RunLog(tmp_path / "log.jsonl", 0)
+    file, log._file = log._file, open("/dev/full", "ab", buffering=0)  # noqa: SIM115
+    log.write("train", 1)
+    log.write("train", 2)
+    log._file = file
+    log.write("train", 3)
+    assert [entry["step"] for entry in entries(tmp_path / "log.jsonl")] == [1, 2, 3]
+    assert capsys.readouterr().err.count("/dev/full takes no more lines: No space left on device") == 1
+
+
 # ---- averages ------------------------------------------------------------------------------------
 
 

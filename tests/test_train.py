@@ -1,5 +1,6 @@
 """The loop: stopping at any step and rerunning changes nothing, whatever the number of workers or micro-batches."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -14,8 +15,9 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 
-from mim import build, checkpoint, stopping, train
+from mim import build, checkpoint, lease, save_stages, stopping, train
 from mim.config import ConfigError, to_yaml
+from mim.contracts import StorageError
 from mim.data.make import make
 
 STEPS = 7
@@ -354,3 +356,66 @@ def test_a_signal_that_comes_twice_at_once_asks_to_stop_and_a_later_one_acts(num
     finally:
         signal.signal(number, before)
     assert capsys.readouterr().err.count("saving at the next step") == 1
+
+
+# ---- saves that fail, jobs that meet -------------------------------------------------------------
+
+
+def full_disk(monkeypatch, saves: range) -> None:
+    """Let the disk be full for some of the saves, counted from 1, as it would be in the middle of a file."""
+    count = 0
+
+    def reached(stage: str) -> None:
+        nonlocal count
+        count += stage == "begin"
+        if stage == "within-tensors" and count in saves:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(save_stages, "reached", reached)
+
+
+def test_a_run_goes_on_after_saves_that_fail_and_ends_with_the_same_weights(
+    dataset, tmp_path, uninterrupted, monkeypatch
+):
+    full_disk(monkeypatch, range(1, 3))
+    assert run(recipe(dataset, tmp_path), tmp_path / "run") == stopping.DONE
+    told = [entry for entry in lines(tmp_path / "run") if entry["event"] == "save_failed"]
+    assert [(entry["step"], entry["in_a_row"], entry["stops"]) for entry in told] == [(3, 1, False), (6, 2, False)]
+    assert all("No space left on device" in entry["reason"] for entry in told)
+    assert [entry for entry in lines(tmp_path / "run") if entry["event"] == "train"] == lines(uninterrupted)
+    assert [folder.name for folder in checkpoint.list_checkpoints(tmp_path / "run")] == ["step-00000007"]
+    assert all(value.equal(tensors(uninterrupted)[name]) for name, value in tensors(tmp_path / "run").items())
+
+
+def test_one_failed_save_too_many_ends_the_run_and_the_same_command_goes_on_from_the_last_good_one(
+    dataset, tmp_path, uninterrupted, monkeypatch
+):
+    path = recipe(dataset, tmp_path)
+    full_disk(monkeypatch, range(2, 9))
+    with pytest.raises(StorageError, match=r"step-00000006 was not saved: No space left.*run the same command"):
+        run(path, tmp_path / "run", "train.failed_saves=0")
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert (status["state"], status["step"]) == ("failed", 6)
+    assert "No space left on device" in status["reason"]
+    monkeypatch.undo()
+    assert run(path, tmp_path / "run") == stopping.DONE
+    assert_same(tmp_path / "run", uninterrupted)
+
+
+def test_a_second_job_on_a_run_directory_is_refused_and_the_first_goes_on(dataset, tmp_path):
+    path = recipe(dataset, tmp_path)
+
+    def second(step: int) -> bool:
+        if step == 2:
+            with pytest.raises(ConfigError, match=rf"is in use by process {os.getpid()} on "):
+                run(path, tmp_path / "run")
+        return False
+
+    assert train.main(path, [f"train.run={tmp_path / 'run'}"], stop=second) == stopping.DONE
+    assert not (tmp_path / "run/.lease.json").exists()
+
+
+def test_a_dry_run_takes_no_lease(dataset, tmp_path):
+    path = recipe(dataset, tmp_path)
+    with lease.hold(tmp_path / "run"):
+        assert train.main(path, [f"train.run={tmp_path / 'run'}"], dry_run=True) == stopping.DONE
