@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import nn
 
-from mim import optim, sharding, watchdog
+from mim import optim, sharding
 from mim.blocks import blocks, compile_each, recompute
 from mim.config import ConfigError
 from mim.job import Config, Machine
@@ -40,23 +40,22 @@ class Wrapped:
     how: str  # for the start lines
 
 
-def launch(machine: Machine, *, patience: float | None) -> Accelerator:
-    """Find this process's place among the others, and its device and precision.
+def launch(cfg: Config, *handlers: Any) -> Accelerator:
+    """Find this process's place among the others, and its device and precision; `handlers` are accelerate's.
 
-    `patience` are the watchdog's seconds, which collectives wait longer than; None: torch's own limits.
-    Raises ConfigError where the launcher was told something that would not happen.
+    Raises ConfigError where the launcher was told something that would not happen, and for an optimizer or a precision
+    that cannot be sharded.
     """
+    machine = cfg.train
     check_environment(machine)
     cpu = machine.cpu or not torch.accelerator.is_available()
     if cpu and machine.precision == "fp16":
         raise ConfigError("train.precision=fp16 needs a GPU; on a CPU use train.precision=bf16 or no")
+    in_ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=machine.precision,
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-            *watchdog.group_options(patience),
-        ],
+        kwargs_handlers=[in_ddp, *handlers],
     )
     if _is_set("ACCELERATE_USE_FSDP") and not accelerator.is_fsdp2:
         why = "this launch runs on CPUs" if accelerator.device.type == "cpu" else "it is not of version 2"
@@ -66,8 +65,10 @@ def launch(machine: Machine, *, patience: float | None) -> Accelerator:
         )
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ConfigError(f"{accelerator.distributed_type.value} is not offered; use DDP, or FSDP of version 2")
-    if machine.precision == "fp16" and is_sharded(accelerator, machine):
-        raise ConfigError("train.precision=fp16 is not offered with sharding; use train.precision=bf16")
+    if is_sharded(accelerator, machine):
+        optim.check_sharded(cfg.optim.name)
+        if machine.precision == "fp16":
+            raise ConfigError("train.precision=fp16 is not offered with sharding; use train.precision=bf16")
     return accelerator
 
 
@@ -92,8 +93,7 @@ def is_sharded(accelerator: Accelerator, machine: Machine) -> bool:
 def wrap(accelerator: Accelerator, objective: nn.Module, cfg: Config) -> Wrapped:
     """Put the objective on its devices, with its optimizer: recomputed and compiled blocks, then FSDP2, DDP or none.
 
-    The optimizer is made afterwards, so it holds the parameters that the devices have. Raises ConfigError where an
-    optimizer cannot work on shards.
+    The optimizer is made afterwards, so it holds the parameters that the devices have.
     """
     machine, sharded = cfg.train, is_sharded(accelerator, cfg.train)
     objective.to(accelerator.device)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import tokenizer as tokenizers
 from mim import (
     __version__,
+    backbone_file,
     build,
     checkpoint,
     config,
@@ -37,6 +38,7 @@ from mim import (
     ranks,
     resume,
     sharding,
+    watchdog,
     weights,
 )
 from mim.attendant import Attendant
@@ -74,7 +76,7 @@ def prepare_and_fit(
     run = Path(cfg.train.run or f"runs/{Path(recipe).stem}").expanduser()
 
     # ---- launch ------------------------------------------------------------------------------------------------------
-    accelerator = launching.launch(cfg.train, patience=patience)
+    accelerator = launching.launch(cfg, *watchdog.group_options(patience))
     main_rank = accelerator.is_main_process
     board = Board.open()
     if main_rank:
@@ -309,6 +311,8 @@ def fit(job: Job, state: dict[str, Any], saver: Saver, stop: Stop) -> int:
     if excess:
         raise DataError(f"{excess}; step {step} is saved, the same command goes on from there")
     code = DONE if (start == total or step == total) and not pending else STOPPED
+    if code == DONE:
+        backbone_file.write(job, total, again=start < total)
     reason = job.attendant.stopping.reason if code == STOPPED else None
     status(job, "done" if code == DONE else "stopped", total if code == DONE else step, reason=reason, code=code)
     last_words = f"done: {job.run}" if code == DONE else f"stopped at step {step}; the same command resumes"

@@ -4,6 +4,7 @@ import copy
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from test_contracts import OBJECTIVES, a_batch, an_objective
 
-from mim import checkpoint, ranks, sharding, train
+from mim import checkpoint, optim, ranks, sharding, train
 
 CASES = [*((name, "vit") for name in OBJECTIVES), *(("simmim", name) for name in ("eva", "beit", "dense"))]
 HALF = torch.tensor(0.5)
@@ -50,14 +51,40 @@ def compare(name, encoder):
             parameter.mul_(2)
     sharding.put_back(network, twin)
     sharding.empty(twin)
-    doubled = (sharding.gathered(p).equal(2 * q) for p, q in zip(network.parameters(), plain.parameters(), strict=True))
+    wholes = [sharding.gathered(p) for p in network.parameters()]
+    doubled = all(p.equal(2 * q) for p, q in zip(wholes, plain.parameters(), strict=True))
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.mul_(2)
     return {
         "gradient": max((found[n] - g).abs().max().item() / g.abs().max().item() for n, g in wanted.items()),
         "twin": same,
-        "put_back": all(doubled),
+        "put_back": doubled,
         "emptied": all(p.is_meta for p in twin.parameters()),
+        **{name: step(name, network, plain) for name in optim.ELEMENTWISE},
         "share": max(p.to_local().numel() / p.numel() for p in network.parameters() if p.shape[0] > 1),
     }
+
+
+def step(name, network, plain):
+    """Whether an optimizer leaves shards where a gradient is not finite, and otherwise moves them as it does wholes."""
+    moved = []
+    for module in (network, plain):
+        gradients = [(p, p.grad) for p in module.parameters()]
+        optimizer = optim.create(module, optim.Config(name=name, lr=1e-3))
+        optim.allocate(optimizer)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        optim.set_rates(optimizer, 1e-3, 0.1)
+        prepared = SimpleNamespace(optimizer=optimizer, defaults=optimizer.defaults, step=optimizer.step)
+        before = [sharding.gathered(p).detach().clone() for p in module.parameters()]
+        for finite in (False, True):
+            optim.update(prepared, torch.tensor(finite), None)
+            now = [sharding.gathered(p).detach() for p in module.parameters()]
+            moved.append([p - q for p, q in zip(now, before, strict=True)])
+    still, after, _, wanted = moved
+    same = all(p.allclose(q, atol=1e-7) for p, q in zip(after, wanted, strict=True))
+    return same and not any(change.any() for change in still) and any(change.any() for change in after)
 
 
 def objectives(out):

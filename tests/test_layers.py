@@ -47,7 +47,7 @@ LEVELS = [
     {"mim.attendant"},
     {"mim.job"},
     {"mim.looking", "mim.launching", "mim.rollback", "mim.doctor", "mim.slurm"},
-    {"mim.cluster"},
+    {"mim.cluster", "mim.backbone_file"},
     {"mim.train", "mim.cluster_commands"},
     {"mim.demo", "mim.plan", "mim.shard_commands", "mim.checkpoint_commands", "mim.make_tokens", "mim.status_command"},
     {"mim.token_commands"},

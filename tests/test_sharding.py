@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import tokenizer as tokenizers
-from mim import build, checkpoint
+from mim import build, checkpoint, optim
 from tests import sharded
 from tests.test_distributed import torchrun
 from tests.test_train import dataset, lines, recipe, run  # noqa: F401  (dataset is a fixture)
@@ -57,6 +57,11 @@ def test_what_a_twin_is_changed_to_goes_back_into_the_shards(case):
 
 def test_a_twin_that_is_emptied_holds_no_parameters(case):
     assert all(of_rank["emptied"] for of_rank in case)
+
+
+@pytest.mark.parametrize("optimizer", optim.ELEMENTWISE)
+def test_an_optimizer_moves_shards_as_it_does_wholes_and_skips_what_is_not_finite(case, optimizer):
+    assert all(of_rank[optimizer] for of_rank in case)
 
 
 def test_a_run_goes_from_ddp_to_fsdp_to_one_process_and_back(dataset, tmp_path):  # noqa: F811
