@@ -49,8 +49,7 @@ def told_by(rank: int, value: Tensor) -> Tensor:
 
 def add(value: Tensor, *, group: dist.ProcessGroup | None = None) -> Tensor:
     """Sum of a tensor over all ranks."""
-    if group is None:
-        before_collective()
+    before_collective()
     if dist.is_initialized():
         dist.all_reduce(value, group=group)
     return value
@@ -67,8 +66,7 @@ def gather(
         return values
     if device is None:
         device = torch.device("cpu") if group is not None else _device()
-    if group is None:  # a thread's own group is not the loop's business
-        before_collective()
+    before_collective()
     text = torch.frombuffer(bytearray(json.dumps(values).encode()), dtype=torch.uint8).to(device)
     sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
     sizes[dist.get_rank()] = len(text)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from mim import __main__, checkpoint
+from mim import __main__, save_stages
 from mim.data import stream
 from mim.objectives.mae import MAE
 
@@ -123,7 +123,7 @@ class Torchrun(Run):
 
 def slow_down(rank, marker, *, step=0.0, batch=None, save=None, hang=None, fail=None):
     """Change this process for ever."""
-    forward, to_device, commit = MAE.forward, stream.to_device, checkpoint._commit
+    forward, to_device = MAE.forward, stream.to_device
     steps = 0
 
     def slow_forward(self, batch, progress):
@@ -141,10 +141,9 @@ def slow_down(rank, marker, *, step=0.0, batch=None, save=None, hang=None, fail=
             time.sleep(batch)
         return to_device(images, device)
 
-    def slow_commit(temporary, final):
-        if save is not None:
+    def slow_save(stage):
+        if save is not None and stage == "before-manifest":
             marker.touch()
             time.sleep(save)
-        return commit(temporary, final)
 
-    MAE.forward, stream.to_device, checkpoint._commit = slow_forward, slow_to_device, slow_commit
+    MAE.forward, stream.to_device, save_stages.reached = slow_forward, slow_to_device, slow_save
