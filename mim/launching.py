@@ -91,7 +91,7 @@ def is_sharded(accelerator: Accelerator, machine: Machine) -> bool:
 
 
 def wrap(accelerator: Accelerator, objective: nn.Module, cfg: Config) -> Wrapped:
-    """Put the objective on its devices, with its optimizer: recomputed and compiled blocks, then FSDP2, DDP or none.
+    """Put the objective on its devices, with its optimizer: compiled and recomputed blocks, then FSDP2, DDP or none.
 
     The optimizer is made afterwards, so it holds the parameters that the devices have.
     """
@@ -99,10 +99,10 @@ def wrap(accelerator: Accelerator, objective: nn.Module, cfg: Config) -> Wrapped
     objective.to(accelerator.device)
     whole = sharding.twin(objective) if sharded else None
     how = []
-    if machine.activation_checkpointing:
-        how.append(f"activations of {recompute(objective)} blocks recomputed")
     if machine.compile:
         how.append(f"{compile_each(objective)} blocks compiled")
+    if machine.activation_checkpointing:  # around what is compiled
+        how.append(f"activations of {recompute(objective)} blocks recomputed")
     if sharded:
         plugin = accelerator.state.fsdp_plugin if accelerator.is_fsdp2 else None
         kept = plugin is not None and plugin.reshard_after_forward is False

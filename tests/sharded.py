@@ -13,6 +13,7 @@ import torch.distributed as dist
 from test_contracts import OBJECTIVES, a_batch, an_objective
 
 from mim import checkpoint, optim, ranks, sharding, train
+from mim.blocks import compile_each, recompute
 
 CASES = [*((name, "vit") for name in OBJECTIVES), *(("simmim", name) for name in ("eva", "beit", "dense"))]
 HALF = torch.tensor(0.5)
@@ -29,7 +30,10 @@ def total(network, batches):
 
 
 def compare(name, encoder):
-    """An objective on two ranks beside the same one whole; each rank sees both batches, in an order of its own."""
+    """An objective on two ranks beside the same one whole; each rank sees both batches, in an order of its own.
+
+    Some have blocks that are recomputed, and one compiled ones, too.
+    """
     plain = an_objective(name, encoder).train()
     for module in plain.modules():
         if isinstance(module, torch.nn.modules.dropout._DropoutNd):
@@ -39,6 +43,10 @@ def compare(name, encoder):
     if dist.get_rank():  # rank 0's weights count
         torch.nn.init.normal_(next(p for p in network.parameters() if p.requires_grad))
     twin = sharding.twin(network)
+    if name == "mae":
+        compile_each(network, backend="eager")
+    if name in ("mae", "simmim"):
+        recompute(network)
     sharding.shard(network, torch.device("cpu"))
     wanted = total(plain, batches)
     found = {n: sharding.gathered(g) for n, g in total(network, batches[:: 1 - 2 * dist.get_rank()]).items()}
