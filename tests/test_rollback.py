@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from test_distributed import ROOT, torchrun
 from test_train import assert_same, dataset, lines, recipe, tensors  # noqa: F401  (dataset is a fixture)
 
-from mim import checkpoint, lease, rollback, stopping, train
+from mim import checkpoint, guard, lease, rollback, stopping, train
 from mim.contracts import NumericsError, StorageError
 from mim.data import mixture
 from mim.data.order import key64
@@ -231,6 +232,24 @@ def test_a_spike_of_the_loss_rolls_back(path, tmp_path, monkeypatch):
     assert (told["step"], told["found_at"], told["first_bad"]) == (6, 8, 8)
     assert told["reason"].startswith("the loss is ")
     assert events(tmp_path / "run", "train")[-1]["position"] == 6 * LENGTH + 12
+
+
+def test_a_rollback_restores_the_scale_of_scaled_losses(path, tmp_path, monkeypatch):
+    """What fp16 has, on a CPU; the search for a scale may skip 16 steps, here none."""
+    made = []
+    honest = Accelerator.__init__
+
+    def scaled(self, *args, **options):
+        honest(self, *args, **options)
+        self.scaler, self.native_amp = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=100), True
+        made.append(self.scaler)
+
+    monkeypatch.setattr(Accelerator, "__init__", scaled)
+    monkeypatch.setattr(guard, "SCALE_SEARCH", 0)
+    spoil(monkeypatch, math.inf, [30, 36])
+    assert run(path, tmp_path / "run") == stopping.DONE
+    assert [entry["step"] for entry in events(tmp_path / "run", "rollback")] == [3]
+    assert made[-1].get_scale() == 8.0  # two skipped steps had made it 2
 
 
 def test_the_fourth_incident_stops_the_run_with_a_report(path, tmp_path, monkeypatch):
