@@ -13,6 +13,7 @@ import torch.distributed as dist
 from mim import cluster, config, meeting
 from mim.config import ConfigError
 from mim.job import Config
+from tests.test_cli import mim  # noqa: F401  (a fixture)
 from tests.two_hosts import TwoHosts, possible
 
 ROOT = Path(__file__).parent.parent
@@ -157,12 +158,12 @@ def test_nodes_that_each_made_a_world_of_their_own_are_refused():
     assert meeting.lonely({}) is None
 
 
-def test_a_lonely_rank_is_refused_by_the_command():
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SLURM_NTASKS": "2", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "mim", "doctor", "--cluster"]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith("mim: SLURM_NTASKS=2 processes were launched")
+def test_a_lonely_rank_is_refused_by_the_command(mim, monkeypatch):  # noqa: F811
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    code, out, err = mim("doctor", "--cluster")
+    assert (code, out) == (2, "")
+    assert err.startswith("mim: SLURM_NTASKS=2 processes were launched")
 
 
 def test_a_rank_that_does_not_come_is_named(monkeypatch):
