@@ -235,7 +235,7 @@ def reduced(
         except (RuntimeError, ValueError, OSError) as error:
             answer.append(first_line(error))
 
-    thread = threading.Thread(target=work, daemon=True)
+    thread = threading.Thread(target=work, name="all-reduce", daemon=True)
     thread.start()
     thread.join(seconds)
     if answer and isinstance(answer[0], float):
