@@ -7,6 +7,7 @@ a broken network between GPUs still ends in a table and a sentence. Nothing wait
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -179,9 +180,10 @@ def writable(store: dist.Store, run: Path, rank: int, world: int, seconds: float
         deadline = time.monotonic() + seconds
         while not all(store.check([f"wrote/{r}"]) for r in range(world)) and time.monotonic() < deadline:
             time.sleep(0.05)
-        mark.unlink(missing_ok=True)
-        if not existed and run.is_dir() and not any(run.iterdir()):
-            run.rmdir()
+        with contextlib.suppress(OSError):  # told above, when it could not even be written
+            mark.unlink(missing_ok=True)
+            if not existed and not any(run.iterdir()):
+                run.rmdir()
     return lines
 
 
@@ -233,7 +235,7 @@ def reduced(
         except (RuntimeError, ValueError, OSError) as error:
             answer.append(first_line(error))
 
-    thread = threading.Thread(target=work, daemon=True)
+    thread = threading.Thread(target=work, name="all-reduce", daemon=True)
     thread.start()
     thread.join(seconds)
     if answer and isinstance(answer[0], float):

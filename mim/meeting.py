@@ -53,10 +53,18 @@ def meet(rank: int, world: int, seconds: float) -> dist.Store:
         return dist.HashStore()
     place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
-        opened, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        launcher_holds_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        opened = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            world,
+            is_master=rank == 0 and not launcher_holds_it,
+            timeout=timeout,
+            wait_for_workers=False,  # who is missing is asked below, by name
+        )
         store = dist.PrefixStore("mim-doctor", opened)
         store.set(f"here/{rank}", socket.gethostname())
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, ValueError, OSError, KeyError) as error:
         raise ConfigError(
             f"rank {rank} on {socket.gethostname()} did not reach {place} within {seconds:.0f} s "
             f"({first_line(error)}); check that the name resolves there and that no firewall closes the port"
