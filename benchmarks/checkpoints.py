@@ -14,6 +14,7 @@ import argparse
 import json
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -113,6 +114,7 @@ def main() -> None:
         for number in range(args.rounds + 1):
             for name, start in starts.items():
                 values = measure(start, number + 1, step)
+                print(number, name, {key: round(value, 3) for key, value in values.items()}, file=sys.stderr)
                 if number:  # the first round gets memory
                     found.setdefault(name, []).append(values)
     finally:

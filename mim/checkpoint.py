@@ -96,11 +96,13 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def verify(folder: Path, *, share: tuple[int, int] | None = (0, 1)) -> str | None:
+def verify(
+    folder: Path, *, share: tuple[int, int] | None = (0, 1), advance: Callable[[int], None] = lambda size: None
+) -> str | None:
     """Compare a checkpoint with its manifest; return the reason why it is not valid, or None.
 
     Sizes are compared in full. `share` (rank, ranks): only every `ranks`-th file is hashed, the largest being dealt out
-    first; None: no file is.
+    first; None: no file is. `advance` is told the bytes of each file.
     """
     try:
         manifest = read_json(folder / "manifest.json")
@@ -121,6 +123,7 @@ def verify(folder: Path, *, share: tuple[int, int] | None = (0, 1)) -> str | Non
         hashed = share is not None and index % share[1] == share[0]
         if hashed and _sha256(path) != sha256:
             return f"the content of {name} does not match its hash"
+        advance(size)
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
     foreign = sorted(found - files.keys() - {"manifest.json", PINNED})
     if foreign:  # a reader would take tensors from any file that lies there

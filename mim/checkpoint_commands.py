@@ -189,11 +189,13 @@ def chosen(run: Path, steps: tuple[int, ...]) -> list[Path]:
 
 
 def row(folder: Path, *, share: tuple[int, int] | None) -> dict[str, Any]:
-    """What is known of a checkpoint; `share` None compares sizes alone. An unreadable file is a reason, no failure."""
+    """What is known of a checkpoint; `share` None compares sizes alone. What cannot be read is a reason, no failure."""
     from mim import checkpoint, retention
+    from mim.log import Pace
 
+    pace = Pace(f"step {checkpoint.step_of(folder)}", size_of(folder), unit="bytes")
     try:
-        reason = checkpoint.verify(folder, share=share)
+        reason = checkpoint.verify(folder, share=share, advance=pace.advance)
     except OSError as error:
         reason = f"it cannot be read: {error.strerror}"
     manifest = folder / "manifest.json"  # it was written last

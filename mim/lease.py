@@ -49,7 +49,7 @@ class Lease:
             by = f"by {_named(found)}" if found else "and given up again"
             raise StorageError(
                 f"{self.file.parent} was taken over {by}, because this job had given no sign of life for "
-                f"{STALE:.0f} s; it writes nothing more there"
+                f"{STALE:.0f} s; it saves and deletes nothing more there"
             )
 
     def start(self) -> None:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 
 from mim import checkpoint, config, ranks
 from mim.config import ConfigError
+from mim.contracts import StorageError
 from mim.log import read_log, say
 
 PATIENCE = 75.0  # seconds that ranks which see different things look again: NFS clients cache folders for up to 60
@@ -119,27 +121,44 @@ def _look(run: Path, experiment: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _agreed(run: Path, look: Any, device: torch.device) -> dict[str, Any]:
-    """What all ranks see; they look again for a while where they differ. Raises ConfigError on all of them."""
-    deadline = time.monotonic() + PATIENCE
+def _agreed(run: Path, look: Callable[[], dict[str, Any]], device: torch.device) -> dict[str, Any]:
+    """What all ranks see; they look again for a while where they differ.
+
+    Raises on all of them: ConfigError where they go on to differ, StorageError where none of them can read.
+    """
+    deadline, told = time.monotonic() + PATIENCE, False
     while True:
         rank, _ = ranks.place()
         late = time.monotonic() > deadline
-        views = ranks.gather([{"rank": rank, "host": socket.gethostname(), "late": late, "view": look()}], device)
+        try:
+            seen = look()
+        except OSError as error:  # told to the others, who would wait for this rank otherwise
+            seen = {"problem": f"cannot read {error.filename}: {error.strerror}"}
+        views = ranks.gather([{"rank": rank, "host": socket.gethostname(), "late": late, "view": seen}], device)
         first, *others = views
         odd = next((view for view in others if view["view"] != first["view"]), None)
-        if odd is None:
+        if odd is None and "problem" not in first["view"]:
             return first["view"]
-        if any(view["late"] for view in views):
+        if odd is None and first["late"]:
+            raise StorageError(
+                f"train.run={run}: {first['view']['problem']}; check its permissions and its file system"
+            )
+        if odd is not None and any(view["late"] for view in views):
             raise ConfigError(_difference(run, first, odd))
+        if not told:
+            say(f"not all ranks see the same in {run}; looking again for {PATIENCE:.0f} s", main=rank == 0)
+            told = True
         time.sleep(PAUSE)
 
 
 def _difference(run: Path, first: dict[str, Any], odd: dict[str, Any]) -> str:
     """The sentence on two ranks that see different things."""
     mine, theirs = first["view"], odd["view"]
-    key = next(key for key in mine if mine[key] != theirs[key])
+    key = next(key for key in mine if mine[key] != theirs.get(key))
     who = f"rank {odd['rank']} on {odd['host']}", f"rank {first['rank']} on {first['host']}"
+    for name, seen in zip(who, (theirs, mine), strict=True):
+        if "problem" in seen:
+            return f"{name} {seen['problem']}, other ranks can; train.run must be on a file system that all nodes share"
     if key == "experiment":
         return f"{who[0]} has other data, code or weights than {who[1]}; give all nodes the same and start again"
     if key == "checkpoints":
@@ -189,5 +208,5 @@ def _saved_step(run: Path) -> int:
 def _digest(file: Path) -> str | None:
     try:
         return hashlib.sha256(file.read_bytes()).hexdigest()
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None

@@ -163,9 +163,9 @@ class Sink:
             action()
         except Exception as error:  # whatever a foreign library raises, the run goes on
             if not self._failed:
-                text = " ".join(str(error).split())[:200]
+                text = " ".join(redact(word) for word in str(error).split())[:200]
                 say(
-                    f"tracker {self.name} failed ({type(error).__name__}: {redact(text)}); the run goes on, log.jsonl "
+                    f"tracker {self.name} failed ({type(error).__name__}: {text}); the run goes on, log.jsonl "
                     f"has everything, and it is tried again with every further line"
                 )
             self._failed = True

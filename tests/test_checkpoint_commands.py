@@ -57,6 +57,12 @@ def test_verify_hashes_everything_and_ends_with_65_when_one_is_not_valid(a_run):
     assert [row["step"] for row in rows if not row["valid"]] == [30]
 
 
+def test_verify_tells_how_far_it_is_in_a_large_checkpoint(a_run, monkeypatch):
+    monkeypatch.setattr("mim.log.Pace.EVERY", 0.0)
+    told = call("verify", a_run, 10).stderr.splitlines()
+    assert [line.partition(" bytes, ")[0].partition("/")[0] for line in told] == ["step 10: 100", "step 10: 200"]
+
+
 def test_prune_keeps_the_newest_valid_and_the_pinned_ones(a_run):
     retention.pin(a_run / "checkpoints/step-00000010")
     dry = call("prune", a_run, "--keep", 2, "--dry-run")

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from mim import checkpoint, resume, stopping
 from mim.config import ConfigError
+from mim.contracts import StorageError
 from mim.log import RunLog, read_log, write_json
 from tests.test_train import dataset, lines, recipe, run, uninterrupted  # noqa: F401  (fixtures)
 
@@ -281,6 +282,25 @@ def test_ranks_with_another_dataset_or_code_end_in_the_same_sentence(tmp_path, i
     answers = together(tmp_path, lambda rank: resume.find(folder, {"optim": {"lr": 0.1 + rank}}, CPU).checkpoint)
     assert answers[0] == answers[1]
     assert "has other data, code or weights than rank 0" in answers[0]
+
+
+def test_a_rank_that_cannot_read_is_named_on_all_ranks(tmp_path, impatient, monkeypatch):
+    folder = fake(tmp_path / "run", [10])
+
+    def stale(_):
+        raise OSError(116, "Stale file handle", str(folder))
+
+    def look(rank):
+        if rank == 1:
+            monkeypatch.setattr(checkpoint, "list_checkpoints", stale)
+        return found_by(folder)
+
+    answers = together(tmp_path, look)
+    assert answers[0] == answers[1]
+    assert f"cannot read {folder}: Stale file handle, other ranks can" in answers[0]
+    monkeypatch.setattr(checkpoint, "list_checkpoints", stale)
+    with pytest.raises(StorageError, match="Stale file handle; check its permissions"):
+        found_by(folder)
 
 
 def test_all_ranks_refuse_a_run_whose_checkpoints_are_gone(tmp_path):

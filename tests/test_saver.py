@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from mim import checkpoint, lease, retention, save_stages, saver, snapshot
 from mim.contracts import StorageError
@@ -379,3 +381,23 @@ def test_two_ranks_write_a_half_each_and_agree_on_a_failure_of_one(tmp_path, mon
     assert first["values"] == [1.0]
     assert "rank 1: No space left on device" in first["error"]
     assert first["checkpoints"] == ["step-00000001"]
+
+
+def save_shards(run):
+    """A tensor in two shards, one of which is smaller, beside one that both ranks hold."""
+    mesh = init_device_mesh("cpu", (2,))
+    whole = torch.arange(15.0).reshape(5, 3)
+    values = {"model.sharded": distribute_tensor(whole, mesh, [Shard(0)]), "model.whole": whole + 100}
+    with Saver(run, None, keep=2) as saving:
+        saving.save(1, values, {})
+        values["model.sharded"].zero_()
+        saving.wait()
+    return snapshot.num_bytes(values)
+
+
+def test_shards_of_two_ranks_are_read_back_whole_by_one(tmp_path):
+    sizes = forked.ranks(2, lambda _rank: save_shards(tmp_path / "run"), tmp_path)
+    assert sizes == [2 * 15 * 4] * 2
+    found = checkpoint.read_tensors(checkpoint.newest(tmp_path / "run"), ("model.",))
+    assert found["model.sharded"].equal(torch.arange(15.0).reshape(5, 3))
+    assert found["model.whole"].equal(torch.arange(15.0).reshape(5, 3) + 100)

@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import multiprocessing
+import os
+import signal
 import threading
 import time
 
@@ -26,7 +29,9 @@ class Recorder:
     def log(self, values, step):
         self.calls += 1
         if self.fails(self.calls):
-            raise OSError("no route to host https://me:secret@tracker.example/api?key=secret")
+            raise OSError(
+                "no route to https://me:secret@tracker.example/api?key=secret nor https://me:secret@other.example"
+            )
         self.told.append((step, values))
 
     def finish(self):
@@ -150,7 +155,12 @@ def test_a_tracker_that_fails_is_told_later_what_it_missed_and_the_line_on_it_is
     log.close()
     assert steps(told) == [2, 4, 6, 8]
     said = capsys.readouterr().err
-    assert said.count("tracker tensorboard failed (OSError: no route to host https://tracker.example/api)") == 1, said
+    assert (
+        said.count(
+            "tracker tensorboard failed (OSError: no route to https://tracker.example/api nor https://other.example)"
+        )
+        == 1
+    ), said
     assert said.count("works again") == 1
     assert "secret" not in said
 
@@ -226,6 +236,27 @@ def test_tensorboard_shows_after_a_fall_back_what_the_log_says_and_training_is_t
     assert "images_per_s" in shown
     mine, theirs = tensors(tmp_path / "run"), tensors(uninterrupted)
     assert all(mine[name].equal(value) for name, value in theirs.items())
+
+
+def test_tensorboard_shows_what_the_log_says_after_kills(dataset, tmp_path):  # noqa: F811
+    pytest.importorskip("tensorboard")
+    path = recipe(dataset, tmp_path, optim__length="16 steps", train__log_every="1 steps")
+    log = tmp_path / "run/log.jsonl"
+    for num_lines in (2, 7):
+        start = (path, tmp_path / "run", "train.trackers=[tensorboard]")
+        process = multiprocessing.get_context("fork").Process(target=run, args=start)
+        process.start()
+        deadline = time.monotonic() + 60
+        while not log.is_file() or len(log.read_text().splitlines()) < num_lines:
+            assert process.is_alive(), "the run ended before it came to that line"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    run(*start)
+    logged = [entry for entry in lines(tmp_path / "run") if entry["event"] == "train"]
+    assert [entry["step"] for entry in logged] == list(range(1, 17))
+    assert scalars(tmp_path / "run")[0]["loss"] == [(e["step"], pytest.approx(e["loss"], rel=1e-6)) for e in logged]
 
 
 @pytest.fixture
