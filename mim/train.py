@@ -303,6 +303,7 @@ def fit(job: Job, state: dict[str, Any], saver: Saver, stop: Stop) -> int:
 
     progress_line.close()
     if incident is not None:
+        at("rollback", step)
         saver.wait()
         del batches  # its workers end
         for file in filter(None, (log, bad_log)):

@@ -20,9 +20,9 @@ from accelerate import InitProcessGroupKwargs
 
 from mim.board import Board
 
-LONG = 3  # times the patience of a step: the first one, which compiles; an evaluation's batch; a save
+LONG = 3  # times the patience of a step: the first one, which compiles; an evaluation's batch; a save; a rollback
 SILENCE = 3.0  # seconds of which a living rank's thread writes several notes
-LONG_PLACES = ("start", "evaluation", "save")
+LONG_PLACES = ("start", "evaluation", "save", "rollback")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Beat:
     """Where the main thread of a rank is."""
 
     count: int  # of places that it came to; every rank comes to the same ones
-    place: str  # start, data, forward, backward, update, log, evaluation, decision, save
+    place: str  # start, data, forward, backward, update, log, evaluation, decision, save, rollback
     step: int
     age: float = 0.0  # seconds since it came there
     note: int = 0  # number of this note
