@@ -22,7 +22,7 @@ CARD = """---
 
 # {title}
 
-{title} pretrained with {objective} by [mimstream](https://pypi.org/project/mimstream/). {check}
+{title} pretrained with {objective} by mimstream. {check}
 
 ## How to load it
 
