@@ -37,6 +37,8 @@ TINY = {
     "beit2": {"num_codes": 16, "early_layer": 1},
     "segment": {"num_classes": 5, "channels": 16, "auxiliary_channels": 16},
     "classify": {"num_classes": 3},
+    "linear": {"epochs": 1, "min_updates": 40},
+    "attentive": {"epochs": 1, "min_updates": 20},
 }  # options that make a component small; one that is not named here is small enough as it is
 
 

@@ -38,11 +38,11 @@ def recipe_with(*, optimizer="adamw", **machine):
 # ---- what the launcher was told ------------------------------------------------------------------
 
 
-def test_fsdp_that_accelerate_would_leave_out_is_refused(monkeypatch, tmp_path):
+def test_fsdp_that_accelerate_would_leave_out_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
     with pytest.raises(ConfigError, match=r"asks for FSDP, but this launch runs on CPUs.* set train.shard=true"):
-        launching.launch(recipe_with(), tmp_path)
+        launching.launch(recipe_with())
 
 
 @pytest.mark.parametrize(
@@ -66,9 +66,9 @@ def test_one_precision_in_both_places_is_no_contradiction(monkeypatch):
     launching.check_environment(Machine(precision="bf16"))
 
 
-def test_fp16_on_a_cpu_is_refused(tmp_path):
+def test_fp16_on_a_cpu_is_refused():
     with pytest.raises(ConfigError, match=r"fp16 needs a GPU; on a CPU use train.precision=bf16"):
-        launching.launch(recipe_with(precision="fp16"), tmp_path)
+        launching.launch(recipe_with(precision="fp16"))
 
 
 @pytest.mark.parametrize(
@@ -85,10 +85,10 @@ def test_parameters_are_sharded_where_the_recipe_or_accelerate_says_so(asked, fo
 
 
 @pytest.mark.parametrize("name", ["lamb", "lars", "muon"])
-def test_an_optimizer_that_needs_whole_tensors_is_not_sharded(monkeypatch, tmp_path, name):
+def test_an_optimizer_that_needs_whole_tensors_is_not_sharded(monkeypatch, name):
     monkeypatch.setattr(launching, "is_sharded", lambda *_: True)
     with pytest.raises(ConfigError, match=f"optim.name={name} needs whole tensors"):
-        launching.launch(recipe_with(optimizer=name), tmp_path)
+        launching.launch(recipe_with(optimizer=name))
 
 
 # ---- configs/accelerate --------------------------------------------------------------------------

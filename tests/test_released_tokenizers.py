@@ -461,7 +461,7 @@ def save_halves(tmp_path, own, **changed):
         ("encoder", "group_1.extra.w", torch.ones(1), r"also holds encoder\.blocks\.group_1\.extra\.w"),
         ("encoder", "input.w", torch.ones(8), r"blocks\.input\.w should have 4 dimensions, but .* has 8"),
         ("encoder", "output.conv.w", None, r"blocks\.output\.conv\.w should have 4 dimensions, but .* lacks it"),
-        ("decoder", "input.b", torch.full((4,), torch.nan), r"not finite, first in decoder\.blocks\.input\.b; fetch"),
+        ("decoder", "input.b", torch.full((4,), torch.nan), r"not finite, first in blocks\.input\.b; take"),
     ],
 )
 def test_halves_that_contradict_themselves_or_each_other_are_refused(own, tmp_path, side, name, tensor, message):
@@ -480,7 +480,7 @@ def test_halves_that_contradict_themselves_or_each_other_are_refused(own, tmp_pa
         ("encode_task_layer.2.weight", torch.ones(9, 128), r"task_layer\.2\.weight \(\[9, 128\] instead of \[8, 128\]"),
         ("quantize.embedding.weight", torch.ones(24), "should have 2 dimensions, but .* has 24"),
         ("quantize.embedding.initted", torch.zeros(1), "the codebook of .* was never started"),
-        ("quantize.cluster_size", torch.full((24,), torch.inf), r"not finite, first in quantizer\.sizes"),
+        ("quantize.cluster_size", torch.full((24,), torch.inf), r"not finite, first in quantize\.cluster_size"),
     ],
 )
 def test_a_vq_kd_checkpoint_that_contradicts_itself_is_refused(tmp_path, name, tensor, message):

@@ -10,7 +10,7 @@ from benchmarks.reliability.trials import Result, Trials
 
 BY_ID = {case.id: case for case in CASES}
 OF_DATA = ("B1", "C1", "C2", "C3", "F1", "F2", "F3", "F5", "F6", "F7")
-OF_TRAININGS = ("A3", "B4", "E1", "E2", "E3", "E4", "F1t")
+OF_TRAININGS = ("A3", "E1", "E2", "E3", "E4", "F1t")
 ALWAYS = (*OF_DATA, *OF_TRAININGS)
 
 

@@ -364,6 +364,7 @@ def test_the_weights_are_looked_at_before_the_first_step(go, first, tmp_path):
     again = go("again", encoder__init=str(first), **evals)
     assert [e["step"] for e in logged(again, "eval")] == [0, 2]
     shutil.rmtree(again / "checkpoints")  # as a run that died before its first one
+    (again / "status.json").unlink()
     go("again", encoder__init=str(first), **evals)
     assert [e["step"] for e in logged(again, "eval")] == [0, 2]
 
