@@ -1,7 +1,6 @@
-"""status.json, and `mim status` that scripts read it with."""
+"""status.json, and `mim status`, which prints it."""
 
 import json
-import time
 
 import pytest
 from click.testing import CliRunner
@@ -25,16 +24,6 @@ def run(tmp_path):
     return call
 
 
-@pytest.mark.parametrize(
-    ("state", "code", "expected"),
-    [("done", 0, 0), ("stopped", 75, 75), ("failed", 65, 65), ("failed", 70, 70), ("running", None, 70)],
-)
-def test_the_command_ends_with_the_code_of_the_run(run, tmp_path, state, code, expected):
-    Status(tmp_path, "mae", 100).write(state, 80, reason="why", code=code)
-    assert run("--exit-code")[0] == expected
-    assert run()[0] == 0
-
-
 def test_the_command_tells_state_reason_and_newest_checkpoint(run, tmp_path):
     Status(tmp_path, "mae", 100).write("stopped", 80, reason="SIGTERM", code=75)
     text = run()[1]
@@ -45,14 +34,6 @@ def test_the_command_tells_state_reason_and_newest_checkpoint(run, tmp_path):
         "state": "stopped", "step": 80, "of": 100, "recipe": "mae", "reason": "SIGTERM", "exit_code": 75,
         "checkpoint": 80,
     }  # fmt: skip
-
-
-def test_a_status_of_an_earlier_start_counts_as_failed(run, tmp_path):
-    Status(tmp_path, "mae", 100).write("stopped", 80, reason="SIGTERM", code=75)
-    assert run("--exit-code", "--since", str(time.time() - 100))[0] == 75
-    code, text = run("--exit-code", "--since", str(time.time() + 100))
-    assert code == 70
-    assert "the last start wrote no status; before it: stopped" in text
 
 
 def test_a_status_that_cannot_be_written_is_said_and_ends_nothing(tmp_path, capsys):
