@@ -78,7 +78,9 @@ def write_verified(path: Path, tensors: dict[str, Tensor], facts: dict[str, str]
         if wrong := [name for name in tensors.keys() | found.keys() if not _same(found.get(name), tensors.get(name))]:
             raise StorageError(f"{path}: the disk gives back other values of {wrong[0]}; check the disk and rerun")
         temporary.replace(path)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
+        if isinstance(error, StorageError):
+            raise
         raise StorageError(f"{path} cannot be written: {error}; make room and rerun to write it") from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -193,17 +193,20 @@ def row(folder: Path, *, share: tuple[int, int] | None) -> dict[str, Any]:
     from mim import checkpoint, retention
     from mim.log import Pace
 
-    pace = Pace(f"step {checkpoint.step_of(folder)}", size_of(folder), unit="bytes")
+    size, age = 0, None
     try:
+        size = size_of(folder)
+        pace = Pace(f"step {checkpoint.step_of(folder)}", size, unit="bytes")
         reason = checkpoint.verify(folder, share=share, advance=pace.advance)
-    except OSError as error:
+        written = (folder / "manifest.json").stat().st_mtime  # it was written last
+        age = round(max(time.time() - written, 0.0))
+    except OSError as error:  # a run that is at work may prune it at this moment
         reason = f"it cannot be read: {error.strerror}"
-    manifest = folder / "manifest.json"  # it was written last
     return {
         "step": checkpoint.step_of(folder),
         "folder": str(folder),
-        "age_s": round(max(time.time() - manifest.stat().st_mtime, 0.0)) if manifest.exists() else None,
-        "size": size_of(folder),
+        "age_s": age,
+        "size": size,
         "pinned": retention.pinned(folder),
         "valid": reason is None,
         "reason": reason,

@@ -116,5 +116,6 @@ def num_workers(asked: int | None) -> int:
 
 def status(job: Job, state: str, step: int, *, reason: str | None = None, code: int | None = None) -> None:
     """Write status.json, which launch scripts read."""
+    job.attendant.status.step = step  # on all ranks: any of them may have to write the end
     if job.accelerator.is_main_process:
         job.attendant.status.write(state, step, reason=reason, code=code)

@@ -43,7 +43,7 @@ class Lease:
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
 
     def check(self) -> None:
-        """Raise StorageError when another job took the directory over."""
+        """Raise StorageError when another job took the directory over, OSError when the storage does not answer."""
         found = _read(self.file)
         if found is None or found.get("token") != self.token:
             by = f"by {_named(found)}" if found else "and given up again"
@@ -58,14 +58,15 @@ class Lease:
     def release(self) -> None:
         """Give the lease back, unless it is another's by now."""
         self._ended.set()
-        if (_read(self.file) or {}).get("token") == self.token:
-            self.file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            if (_read(self.file) or {}).get("token") == self.token:
+                self.file.unlink(missing_ok=True)
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT):
-            if (_read(self.file) or {}).get("token") != self.token:
-                return  # `check` tells the saver
             with contextlib.suppress(OSError):  # a server that is away for a moment; what is not written ages
+                if (_read(self.file) or {}).get("token") != self.token:
+                    return  # `check` tells the saver
                 os.utime(self.file)
 
 
@@ -100,7 +101,7 @@ def hold(run: Path) -> Iterator[Lease | None]:
 def holder(run: Path) -> str | None:
     """Who holds a run directory now, in words; None when nobody does, as far as one can know without waiting."""
     file = run / FILE
-    found = _read(file)
+    found = _peek(file)
     if found is None or _gone(found):
         return None
     return _named(found) if time.time() - file.stat().st_mtime < STALE else None
@@ -111,9 +112,12 @@ def _acquire(run: Path) -> Lease:
     lease = Lease(run)
     began, seen = time.monotonic(), None
     while not _create(lease.file, lease.token):
-        found, beat = _read(lease.file), _beat_of(lease.file)
-        if found is None and beat is None:
-            continue  # it was given back just now
+        found, beat = _peek(lease.file), _beat_of(lease.file)
+        if found is None and beat is None:  # it was given back just now, or may not be read
+            if time.monotonic() - began > 2 * STALE:
+                _refuse(run, found)
+            time.sleep(0.2)
+            continue
         dead = found is not None and _gone(found)
         if dead or (beat is not None and _now(run) - beat > STALE):
             if _take_over(lease, found):
@@ -144,7 +148,7 @@ def _take_over(lease: Lease, stale: dict[str, Any] | None) -> bool:
             guard.unlink(missing_ok=True)
         return False
     try:
-        if _read(lease.file) != stale:
+        if _peek(lease.file) != stale:
             return False
         temporary = lease.file.with_name(f"{FILE}-{lease.token}")
         temporary.write_text(json.dumps(_own(lease.token)))
@@ -181,12 +185,20 @@ def _own(token: str) -> dict[str, Any]:
 
 
 def _read(file: Path) -> dict[str, Any] | None:
-    """The lease in a file; None when there is none, or it is being written."""
+    """The lease in a file; None when there is none, or it is being written. Raises OSError when nobody can tell."""
     try:
         found = json.loads(file.read_text())
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def _peek(file: Path) -> dict[str, Any] | None:
+    """The lease of a stranger; None where it cannot be read, too."""
+    try:
+        return _read(file)
+    except OSError:
+        return None
 
 
 def _named(found: dict[str, Any] | None) -> str:

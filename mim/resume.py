@@ -197,10 +197,9 @@ def _begun(run: Path, device: torch.device) -> str | None:
 
 
 def _saved_step(run: Path) -> int:
-    """The step at which status.json says that the run ended with a checkpoint; 0 if it does not say so."""
+    """The newest step that was saved, as status.json says; 0 if it does not say so."""
     try:
-        status = json.loads((run / "status.json").read_text())
-        return int(status["step"]) if status["state"] in ("done", "stopped") else 0
+        return int(json.loads((run / "status.json").read_text())["step"])
     except (OSError, ValueError, KeyError, TypeError):
         return 0
 

@@ -16,6 +16,7 @@ from mim.checkpoint import PINNED
 from mim.log import say
 
 LEAST = 2  # valid checkpoints that always stay
+REPLACED = ".tmp-replaced-"  # before the name of a checkpoint whose place another one of the same step takes
 DEAD = ".tmp-*"  # in RUN/checkpoints: saves that are not finished, and old checkpoints that are being deleted
 
 
@@ -80,14 +81,18 @@ def expendable(run: Path, *, keep: int, keep_every: int | None = None, verifier:
             break
     else:
         return []
-    every = set(_nth(older, keep_every)) if keep_every else set()
+    every = set(_nth([folder for folder in older if keep_every and verifier.reason(folder) is None], keep_every or 1))
     return [folder for folder in older if folder not in every and not pinned(folder)]
 
 
 def remove_dead(run: Path) -> None:
     """Delete what killed saves left. The caller holds the lease of the run and has no save in flight."""
     for folder in (run / "checkpoints").glob(DEAD):
-        shutil.rmtree(folder, ignore_errors=True)
+        final = folder.with_name(folder.name.removeprefix(REPLACED))
+        if folder.name.startswith(REPLACED) and not final.exists():  # killed between the two renames
+            folder.rename(final)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _nth(folders: list[Path], every: int) -> Iterable[Path]:

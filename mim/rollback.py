@@ -10,8 +10,10 @@ later resumes keep them. Checkpoints after it are deleted, or a resume would tak
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import secrets
 import shutil
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,11 +21,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from mim import checkpoint, ranks, resume
+import tokenizer as tokenizers
+from mim import checkpoint, ranks, resume, retention
 from mim.contracts import Batch, NumericsError, StorageError
 from mim.guard import MAX_ROLLBACKS, RATE_FACTOR, Guard, Incident
-from mim.interventions import Intervention
-from mim.job import Job
+from mim.interventions import Intervention, position_at
+from mim.job import Job, status
 from mim.log import RunLog, read_log, say, write_json
 from mim.saver import Saver
 
@@ -44,29 +47,36 @@ def roll_back(job: Job, saver: Saver, guard: Guard, incident: Incident, batch: B
     intervention = None
     if refused is None and good is not None:
         to = checkpoint.step_of(good)
-        left_out = job.position(incident.step) - job.position(to)
-        intervention = Intervention(to, left_out, RATE_FACTOR)
+        read = job.position(incident.step)
+        before = tuple(one._replace(step=min(one.step, to)) for one in before)  # they hold from here on, too
+        intervention = Intervention(to, read - position_at(to, job.cfg.optim.batch_size, before), RATE_FACTOR)
     file = write_incident(job, guard, incident, batch, intervention)
     if refused is not None or good is None or intervention is None:
         _give_up(job, incident, f"step {incident.step}: {incident.reason}, and {refused}; see {file}, and try")
     check_lease(saver)
+    to = intervention.step
     said = (
         f"step {incident.step}: {incident.reason}; returning to {good}, leaving out {intervention.skipped} images, "
         f"at {intervention.rate_factor:g} times the rate (rollback {len(before) + 1} of {MAX_ROLLBACKS}; {file})"
     )
     say(said, main=job.accelerator.is_main_process)
     if job.accelerator.is_main_process:
-        forget(job.run, intervention.step)
-        log = RunLog(job.run / "log.jsonl", intervention.step, rollbacks=len(before))
+        forget(job.run, to)
         told = {"rollback": len(before) + 1, "found_at": incident.step, "first_bad": incident.first}
-        log.write("rollback", intervention.step, **told, reason=incident.reason, report=str(file.relative_to(job.run)))
-        log.write("intervention", rollback=len(before) + 1, **intervention._asdict())
-        log.close()
+        try:
+            log = RunLog(job.run / "log.jsonl", to, rollbacks=len(before))
+            log.write("rollback", to, **told, reason=incident.reason, report=str(file.relative_to(job.run)))
+            log.write("intervention", rollback=len(before) + 1, **intervention._asdict())
+            log.close()
+        except OSError as error:
+            raise StorageError(f"{job.run / 'log.jsonl'} cannot be cut back to step {to}: {error.strerror}") from error
     ranks.wait()
+    status(job, "running", to)
     state = checkpoint.restore(good, job.model, job.optimizer.optimizer, job.ema)
     if job.accelerator.scaler is not None and state.get("scaler"):
         job.accelerator.scaler.load_state_dict(state["scaler"])
     job.journal.restore(state.get("bad", []))
+    job.card = tokenizers.score_card(good)
     kept = [one._asdict() for one in (*before, intervention)]
     return {**state, "interventions": kept}
 
@@ -75,8 +85,9 @@ def _give_up(job: Job, incident: Incident, sentence: str) -> NoReturn:
     remedy = "a lower optim.lr, a longer optim.warmup, optim.clip_grad or train.precision=bf16 (or no) in a new run"
     reason = f"{sentence} {remedy}"
     if job.accelerator.is_main_process:
-        with (job.run / "log.jsonl").open("a") as log:
-            log.write(json.dumps({"event": "failed", "step": incident.step, "reason": incident.reason}) + "\n")
+        entry = {"event": "failed", "step": incident.step, "reason": incident.reason}
+        with contextlib.suppress(OSError), (job.run / "log.jsonl").open("a") as log:  # the error says it, too
+            log.write(json.dumps(entry) + "\n")
     raise NumericsError(reason)
 
 
@@ -102,16 +113,23 @@ def check_lease(saver: Saver) -> None:
     try:
         if saver.lease is not None:
             saver.lease.check()
-    except StorageError as error:
+    except OSError as error:
         taken = [str(error)]
     if told := ranks.gather(taken):
         raise StorageError(told[0])
 
 
 def forget(run: Path, step: int) -> None:
-    """Delete the checkpoints after a step; a rename takes each of them back first, so a kill leaves none by halves."""
+    """Delete the checkpoints after a step; a rename takes each of them back first, so a kill leaves none by halves.
+
+    A pinned one loses its name alone, so that no resume takes it.
+    """
     for folder in checkpoint.list_checkpoints(run):
         if checkpoint.step_of(folder) > step:
+            if retention.pinned(folder):
+                left = folder.rename(folder.with_name(f"left-{folder.name}-{secrets.token_hex(4)}"))
+                say(f"{folder} was pinned: it stays as {left}, and no resume takes it")
+                continue
             aside = folder.with_name(f".tmp-{folder.name}")
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
@@ -144,8 +162,11 @@ def write_incident(job: Job, guard: Guard, incident: Incident, batch: Batch, int
     if job.accelerator.is_main_process:
         after = intervention.step if intervention is not None else 0
         report["log"] = [entry for entry in read_log(job.run / "log.jsonl") if entry["step"] > after]
-        file.parent.mkdir(exist_ok=True)
-        write_json(file, report)
+        try:
+            file.parent.mkdir(exist_ok=True)
+            write_json(file, report)
+        except OSError as error:  # the report must not stand in the way of the rollback either
+            say(f"{file} could not be written: {error.strerror}")
     return file
 
 

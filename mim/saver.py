@@ -149,6 +149,8 @@ class Saver:
         """Let a save in flight end where the loop ends with an error; where a user interrupts it, leave it."""
         if self._save is not None and self._save.thread is not None and (kind is None or issubclass(kind, Exception)):
             self._save.thread.join()
+            if self._save.fault is None:
+                self.committed(self._save.step)
 
     def _alive(self, current: _Save) -> bool:
         return current.thread is not None and current.thread.is_alive()
@@ -232,13 +234,20 @@ class Saver:
         if self.lease is not None:
             self.lease.check()
         save_stages.reached("before-rename")
+        replaced = final.with_name(f"{retention.REPLACED}{final.name}")
         if final.exists():  # a rejected checkpoint of the same step, or the same step saved again
-            final.rename(final.with_name(f".tmp-replaced-{temporary.name}"))
+            shutil.rmtree(replaced, ignore_errors=True)
+            if retention.pinned(final):
+                retention.pin(temporary)
+            final.rename(replaced)
         temporary.rename(final)
         save_stages.reached("after-rename")
         _sync_folder(final.parent)
         save_stages.reached("after-parent")
         if (reason := self._verifier.reason(final)) is not None:
+            if replaced.exists():
+                final.rename(temporary)
+                replaced.rename(final)
             raise OSError(errno.EIO, f"read again after it was written, {reason}")
         save_stages.reached("verified")
         self._prune()

@@ -6,8 +6,9 @@ last said so, why it ended, and the exit code of `mim train` itself.
 
 from __future__ import annotations
 
+import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,19 @@ class Status:
     recipe: str
     of: int  # steps of the whole run
     step: int = 0  # as last written: the newest that is saved
+    _lock: threading.Lock = field(default_factory=threading.Lock)  # the loop writes, and the thread that attends to it
+    _ended: bool = False
 
     def write(self, state: str, step: int, *, reason: str | None = None, code: int | None = None) -> None:
         """Write a state, one of `STATES`, and the exit code of a run that ended. On a full disk the old one stays."""
         assert state in STATES, state
+        with self._lock:
+            self._write(state, step, reason, code)
+
+    def _write(self, state: str, step: int, reason: str | None, code: int | None) -> None:
+        if self._ended and state == "running":  # the attending thread wrote the end meanwhile
+            return
+        self._ended = state != "running"
         self.step = step
         value: dict[str, Any] = {"state": state, "step": step, "of": self.of, "recipe": self.recipe}
         value |= {"reason": reason, "exit_code": code, "time": round(time.time(), 3)}  # seconds since 1970

@@ -203,7 +203,8 @@ def fit(job: Job, state: dict[str, Any], saver: Saver, stop: Stop) -> int:
         pending = list(cfg.evals)
     look_through(job, [name for name in pending if name in cfg.evals], start, log)
     if pending and start == total:  # the last ones: from now on they are done
-        save(job, saver, start, {**state, "looks": []}, wait=True)
+        going_on = {name: state[name] for name in ("fingerprint", "averages", "guard")}
+        save(job, saver, start, going_on | {"looks": []}, wait=True)
     if start == 0 and not state.get("look") and hasattr(objective, "start"):
         with whole(job) as plain:
             plain.start(on_device(job, batch) for batch in loader(job, 0))
