@@ -26,9 +26,10 @@ import torch.distributed as dist
 from mim import ranks
 from mim.board import Board
 from mim.log import say
+from mim.requeue import saved_step
 from mim.status import CODES, INTERNAL, STOPPED, Status, exit_code
 from mim.stopping import Deadline, Stopping
-from mim.watchdog import Look, Watchdog, blame, dump_stacks
+from mim.watchdog import Look, Watchdog, blame, collective_limit, dump_stacks
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ONE_SIGNAL = 2.0  # seconds within which signals are the same one, sent to the process and to its group
@@ -53,7 +54,7 @@ class Attendant:
 
     def __init__(self, board: Board, status: Status, *, patience: float | None, deadline: Deadline | None) -> None:
         self.board, self.status = board, status
-        self.stopping = Stopping(board)
+        self.stopping = Stopping(board, collective_limit(patience))
         self.watchdog = Watchdog(board, patience)
         self._patience, self._deadline = patience, deadline
         self._over = threading.Event()
@@ -212,8 +213,9 @@ class Attendant:
         return End(self.board.rank, min(self.board.rank, 1), "failed", reason, INTERNAL)
 
     def _write(self, end: End) -> None:
-        """Write status.json."""
-        self.status.write(end.state, self.status.step, reason=end.reason, code=end.code)
+        """Write status.json; the newest save may be one that the loop has not asked about yet."""
+        step = max(self.status.step, saved_step(self.status.run))
+        self.status.write(end.state, step, reason=end.reason, code=end.code)
 
     def _exit(self, code: int) -> None:
         sys.stderr.flush()

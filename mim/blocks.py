@@ -56,8 +56,14 @@ def recompute(network: nn.Module) -> int:
 
 
 def compile_each(network: nn.Module, **options: Any) -> int:
-    """Compile the forward of each block with torch.compile, on its first call. Returns how many there are."""
+    """Compile the forward of each block with torch.compile, on its first call. Returns how many there are.
+
+    Blocks share one code, of which each rate of drop path needs its own version, in training and in evaluation: beyond
+    torch's limit of versions (8) the rest would run uncompiled, with no more than a warning.
+    """
     found = list(blocks(network).values())
+    limits: Any = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, 4 * len(found))
     for block in found:
         block.forward = torch.compile(block.forward, **options)
     return len(found)

@@ -166,7 +166,7 @@ class Averages:
         self._open = {}
         for name, value in values.items():
             self._count(f"step/{name}", value.double() / ranks)
-        self._count("step/count", torch.tensor(1.0 / ranks, dtype=torch.float64, device=value.device))
+        self._count("step/count", torch.full((), 1.0 / ranks, dtype=torch.float64, device=value.device))
 
     def state(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The sums of all ranks since the last log step; `reduce` adds a tensor over ranks. One host sync."""

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -32,7 +33,8 @@ UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}  # seconds
 class Stopping:
     """Whether to stop after a step; asked after every step, it gives all ranks the same answer."""
 
-    def __init__(self, board: Board) -> None:
+    def __init__(self, board: Board, limit: timedelta = timedelta(minutes=30)) -> None:
+        """`limit`: how long ranks wait for each other inside an evaluation."""
         self._board = board
         self._lock = threading.Lock()
         self._begun: int | None = None  # the step that the main thread will finish before it asks
@@ -41,7 +43,7 @@ class Stopping:
         self._voted, self._decided = False, threading.Event()
         self.stepped = False  # whether this process finished a step
         self.reason: str | None = None
-        self._group: Any = dist.new_group(backend="gloo") if board.world > 1 else None
+        self._group: Any = dist.new_group(backend="gloo", timeout=limit) if board.world > 1 else None
 
     def begin(self, step: int) -> None:
         """The main thread of every rank begins this step: its first, or the first after a return to an earlier one."""

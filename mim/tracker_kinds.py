@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,6 +52,9 @@ class Kind:
 
 def open_tensorboard(place: Place) -> Any:
     """Event files in RUN/trackers/tensorboard; a reader drops what an earlier attempt wrote after the resumed step."""
+    # A reader takes the files in the order of their names, which hold the second and the number of the process.
+    while any((place.folder / "tensorboard").glob(f"events.out.tfevents.{int(time.time()):010d}.*")):
+        time.sleep(0.05)
     tracker = _accelerate("tensorboard")("tensorboard", place.folder, purge_step=place.cut_at + 1)
     tracker.start()
     if not place.state.get("id"):

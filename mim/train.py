@@ -222,7 +222,7 @@ def fit(job: Job, state: dict[str, Any], saver: Saver, stop: Stop) -> int:
     for step in range(start + 1, total + 1):  # `step` counts committed updates: 1 after the first
         lr, weight_decay = job.rates.at(step - 1)
         optim.set_rates(optimizer, lr, weight_decay, job.rates.encoder_scale(step - 1))
-        progress = torch.tensor((step - 1) / total, device=device)
+        progress = torch.full((), (step - 1) / total, device=device)  # torch.tensor would wait for the device
         held.hold()
 
         # ---- gradient of one global batch ----------------------------------------------------------------------------

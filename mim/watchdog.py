@@ -148,9 +148,14 @@ def _named(found: list[int]) -> str:
     return f"rank {shown}" if len(found) == 1 else f"ranks {shown}"
 
 
+def collective_limit(patience: float | None) -> timedelta:
+    """How long a collective waits: longer than the watchdog, which names who is missing; without one, a year."""
+    return timedelta(days=365) if patience is None else timedelta(seconds=LONG * patience + 60)
+
+
 def group_options(patience: float | None) -> list[InitProcessGroupKwargs]:
-    """How long a collective waits: longer than the watchdog, which names who is missing. Accelerate's argument."""
-    return [] if patience is None else [InitProcessGroupKwargs(timeout=timedelta(seconds=LONG * patience + 60))]
+    """That limit as accelerate's argument."""
+    return [InitProcessGroupKwargs(timeout=collective_limit(patience))]
 
 
 def dump_stacks(path: Path) -> None:

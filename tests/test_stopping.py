@@ -14,7 +14,7 @@ from mim.stopping import Stopping
 @pytest.fixture
 def ranks(monkeypatch):
     """Three ranks on one board, each about to do step 1."""
-    monkeypatch.setattr(dist, "new_group", lambda backend: None)
+    monkeypatch.setattr(dist, "new_group", lambda backend, timeout: None)
     store = dist.HashStore()
     found = [Stopping(Board(store, rank, 3)) for rank in range(3)]
     for one in found:

@@ -104,7 +104,7 @@ def test_without_a_timeout_nothing_is_late(clock):
     dog = Watchdog(Board(dist.HashStore(), 0, 1), None)
     dog.at("data", 5)
     assert not late(dog, clock, 1000)
-    assert watchdog.group_options(None) == []
+    assert watchdog.group_options(None)[0].timeout.days == 365  # torch's own would end a run in a debugger
 
 
 def test_a_collective_waits_longer_than_the_watchdog():

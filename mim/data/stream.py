@@ -429,8 +429,14 @@ def _unit(raw: Tensor, limits: list[list[float]]) -> Tensor:
     white = DTYPES[str(raw.dtype).removeprefix("torch.")]
     if not raw.is_floating_point() and all(list(pair) == [0, white] for pair in limits):
         return pixels.div_(white)
-    low, high = torch.tensor(limits, device=raw.device).T[:, :, None, None]  # (C, 1, 1) each
+    low, high = _limits(tuple(map(tuple, limits)), raw.device)
     return pixels.sub_(low).div_(high - low).clamp_(0, 1)
+
+
+@functools.cache
+def _limits(limits: tuple[tuple[float, ...], ...], device: torch.device) -> Tensor:
+    """Lower and upper limits of the channels, (2, C, 1, 1); sent to a device once, for each copy would wait for it."""
+    return torch.tensor(limits, device=device).T[:, :, None, None]
 
 
 def _fresh(shape: tuple[int, ...], dtype: str) -> Tensor:

@@ -83,7 +83,7 @@ class Tokenize(nn.Module):
         if self.pending_counts is None:
             return
         counts = self.pending_counts
-        epoch = torch.tensor(min(self.pending_epochs), device=counts.device)
+        epoch = torch.full((), min(self.pending_epochs), dtype=torch.int64, device=counts.device)
         if dist.is_initialized():
             dist.all_reduce(counts)
             dist.all_reduce(epoch, op=dist.ReduceOp.MIN)  # the epoch of the global batch's first row, on every rank
