@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import traceback
 from pathlib import Path
 from typing import Any
@@ -361,6 +362,23 @@ def pairs(overrides: tuple[str, ...]) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Run a command and exit, also when a tracker's library would hold the process up with what hangs in it."""
+    stop = None
+    try:
+        run()
+    except SystemExit as found:
+        stop = found
+    trackers = sys.modules.get("mim.trackers")
+    if trackers is not None and any(thread.name.startswith(trackers.LEFT) for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        code = stop.code if stop is not None else 0
+        os._exit(code if isinstance(code, int) else int(code is not None))
+    if stop is not None:
+        raise stop
+
+
+def run() -> None:
     """Run a command; every error of a user ends in one sentence and an exit code, one of ours in a traceback and 70."""
     try:
         try:

@@ -24,7 +24,10 @@ from mim.data import order, stream
 from mim.job import Config
 
 TEMPLATE = Path(__file__).with_name("slurm.sbatch.j2")
-WARNING = 300  # seconds before the time limit at which Slurm warns the script: two saves of the largest runs
+WARNING = 120  # seconds before the time limit at which Slurm warns the script; the run stops by itself before
+SHORTEST = 600  # seconds of a job: train.stop_before takes 300 of them
+OWN = {"nodes", "ntasks", "ntasks-per-node", "gpus", "gpus-per-node", "gres", "cpus-per-task", "time", "partition"}
+REFUSED = OWN | {"account", "array", "signal", "requeue", "no-requeue"}  # as --option: what this command decides
 CPUS_PER_GPU = 8  # when --cpus does not tell: decoding for one GPU
 
 
@@ -87,8 +90,8 @@ def script(recipe: str, overrides: tuple[str, ...], request: Request, command: l
 def options(name: str, request: Request) -> list[str]:
     """The options of sbatch, each for one #SBATCH line."""
     limit = seconds_of(request.time)
-    if limit <= 2 * WARNING:
-        raise ConfigError(f"--time {request.time} must exceed {2 * WARNING} s: the last {WARNING} s are for saving")
+    if limit <= SHORTEST:
+        raise ConfigError(f"--time {request.time} must exceed {SHORTEST} s: the last 300 s are for saving")
     given = {
         "job-name": re.sub(r"[^\w.-]", "_", name),
         "nodes": str(request.nodes),
@@ -104,7 +107,7 @@ def options(name: str, request: Request) -> list[str]:
     }
     for text in request.more:
         key, equals, value = text.partition("=")
-        if not re.fullmatch(r"[a-z][a-z-]*", key) or key in ("signal", "requeue", "no-requeue"):
+        if not re.fullmatch(r"[a-z][a-z-]*", key) or key in REFUSED:
             raise ConfigError(
                 f"--option {text!r} is not an option that can be set; write e.g. --option constraint=h100"
             )

@@ -32,6 +32,7 @@ from mim.data.location import redact
 from mim.log import RunLog, say, write_json
 from mim.tracker_kinds import KINDS, OFFLINE, Place, plainly
 
+LEFT = "left-tracker-"  # begins the name of a thread that hangs in its tracker
 PATIENCE = 10.0  # seconds that a run waits for all its trackers together, at its start and at its end
 SILENT = ("event", "step", "eval", "position")  # of a line: what is no value
 
@@ -142,6 +143,8 @@ class Sink:
     def wait(self, deadline: float) -> None:
         """Wait for the end of the work, and say what is not done by then."""
         self._thread.join(max(deadline - time.monotonic(), 0))
+        if self._thread.is_alive():
+            self._thread.name = f"{LEFT}{self.name}"  # the program does not wait for it either (mim/__main__.py)
         if self._thread.is_alive() or self._waiting:
             say(f"tracker {self.name} has not been told all of the log (log.jsonl has everything)")
 

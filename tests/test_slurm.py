@@ -297,7 +297,7 @@ def test_each_node_gets_its_own_number_and_only_the_first_hosts_the_rendezvous(p
         "is_host=false",
         "is_host=true",
     ]
-    assert all("--nnodes 2 --nproc_per_node 1" in line and "--rdzv_endpoint localhost:20078" in line for line in calls)
+    assert all("--nnodes 2 --nproc_per_node 1" in line and "--rdzv_endpoint localhost:20155" in line for line in calls)
 
 
 def test_accelerate_launch_is_told_the_place_of_its_node(played, slurm_home, monkeypatch):
@@ -312,7 +312,7 @@ def test_accelerate_launch_is_told_the_place_of_its_node(played, slurm_home, mon
     assert sorted(args.machine_rank for args in told) == [0, 1]
     for args in told:
         assert (args.config_file, args.num_machines, args.num_processes) == (file, 2, 16)
-        assert (args.main_process_ip, args.main_process_port) == ("localhost", 20078)
+        assert (args.main_process_ip, args.main_process_port) == ("localhost", 20155)
         assert args.training_script == "mim"
         assert args.training_script_args[:2] == ["train", "mae_vitb16_in1k"]
 
