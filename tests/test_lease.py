@@ -172,3 +172,25 @@ def test_both_ranks_are_refused_alike(run, tmp_path):
         first, second = forked.ranks(2, work, tmp_path)
     assert first == second
     assert f"is in use by process {os.getpid()}" in first
+
+
+def test_a_storage_that_does_not_answer_for_a_moment_gives_no_lease_away(run, monkeypatch):
+    """ESTALE is what NFS says; it is no other job's lease, and signs of life go on."""
+    monkeypatch.setattr(lease, "BEAT", 0.05)
+    with lease.hold(run) as held:
+        honest, failures = lease._read, iter([True, True])
+
+        def read(file):
+            if next(failures, False):
+                raise OSError(116, "Stale file handle")
+            return honest(file)
+
+        monkeypatch.setattr(lease, "_read", read)
+        with pytest.raises(OSError, match="Stale") as error:
+            held.check()
+        assert not isinstance(error.value, StorageError)
+        before, deadline = held.file.stat().st_mtime_ns, time.monotonic() + 10
+        while held.file.stat().st_mtime_ns == before:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        held.check()

@@ -16,6 +16,7 @@ from mim import checkpoint, resume, stopping
 from mim.config import ConfigError
 from mim.contracts import StorageError
 from mim.log import RunLog, read_log, write_json
+from mim.status import Status
 from tests.test_train import dataset, lines, recipe, run, uninterrupted  # noqa: F401  (fixtures)
 
 CPU = torch.device("cpu")
@@ -143,6 +144,14 @@ def test_a_run_whose_checkpoints_are_gone_is_refused_instead_of_started_afresh(d
     shutil.rmtree(tmp_path / "run/checkpoints")
     with pytest.raises(ConfigError, match="was saved at step 3, but none of its checkpoints is there any more"):
         run(path, tmp_path / "run")
+
+
+def test_a_run_that_was_killed_after_a_save_had_checkpoints(tmp_path):
+    folder = fake(tmp_path / "run", [])
+    RunLog(folder / "log.jsonl", -1).write("train", 5010)
+    Status(folder, "mae", 9000).write("running", 5000)
+    with pytest.raises(ConfigError, match="was saved at step 5000, but none"):
+        found_by(folder)
 
 
 def test_a_run_that_was_resumed_once_had_checkpoints_whatever_its_status_says(tmp_path):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mim import checkpoint, retention, save_stages
+from mim.contracts import StorageError
 from mim.saver import Saver
 
 
@@ -122,3 +123,24 @@ def test_a_checkpoint_with_a_foreign_file_is_not_valid(saved, name):
     folder = saved(1) / "checkpoints/step-00000001"
     (folder / name).write_bytes(b"x")
     assert checkpoint.verify(folder) == f"{name} is not in its manifest"
+
+
+def test_a_checkpoint_whose_successor_of_the_same_step_was_killed_gets_its_name_back(saved):
+    run = saved(1, 2)
+    folder = run / "checkpoints/step-00000002"
+    folder.rename(folder.with_name(f"{retention.REPLACED}{folder.name}"))
+    retention.remove_dead(run)
+    assert steps(run) == [1, 2]
+    assert checkpoint.verify(folder) is None
+
+
+def test_a_step_that_is_saved_again_stays_pinned_and_one_that_reads_back_wrong_gives_its_place_back(saved, monkeypatch):
+    run = saved(1, 2)
+    folder = run / "checkpoints/step-00000002"
+    retention.pin(folder)
+    saved(2)
+    assert retention.pinned(folder)
+    monkeypatch.setattr(retention.Verifier, "reason", lambda self, path: "the disk lies" if path == folder else None)
+    with pytest.raises(StorageError, match="the disk lies"):
+        saved(2)
+    assert checkpoint.verify(folder) is None

@@ -345,3 +345,30 @@ def test_two_processes_roll_back_together_when_the_gradient_of_one_is_bad(datase
     assert [found["rank"] for found in report["last_micro_batch"]] == [0, 1]
     assert len(report["steps"][-1]["keys"]) == 6
     assert launched.stderr.count("rollback 1 of 3") == 1
+
+
+def test_a_second_return_to_before_the_first_leaves_every_image_out_once(dataset, tmp_path, monkeypatch):  # noqa: F811
+    """Saves that lie between log steps: the first return is to step 18, the second one, found by a log, to 15."""
+    changes = {"optim__length": "24 steps", "train__log_every": "5 steps", "train__keep": 4}
+    path = recipe(dataset, tmp_path, **CHANGES | changes)
+    spoil(monkeypatch, math.nan, [114, 120])
+    spoil(monkeypatch, 1000.0, [126])
+    assert run(path, tmp_path / "run", "train.guard.window=3") == stopping.DONE
+    assert [(told["step"], told["rollback"]) for told in events(tmp_path / "run", "rollback")] == [(15, 2)]
+    assert [(one["step"], one["skipped"]) for one in state(tmp_path / "run")["interventions"]] == [(15, 12), (15, 30)]
+    assert events(tmp_path / "run", "train")[-1]["position"] == 24 * 6 + 12 + 30
+    stopped = run(path, tmp_path / "again", "train.guard.window=3", stop=lambda step: step == 22)
+    assert stopped == stopping.STOPPED
+    assert run(path, tmp_path / "again", "train.guard.window=3") == stopping.DONE
+    assert_same(tmp_path / "again", tmp_path / "run")
+
+
+def test_a_pinned_checkpoint_outlives_a_return_to_before_it_without_its_name(tmp_path, capsys):
+    for step in (3, 6, 9):
+        (tmp_path / f"checkpoints/step-{step:08d}").mkdir(parents=True)
+    (tmp_path / "checkpoints/step-00000009/PINNED").touch()
+    rollback.forget(tmp_path, 3)
+    assert [checkpoint.step_of(folder) for folder in checkpoint.list_checkpoints(tmp_path)] == [3]
+    (left,) = (tmp_path / "checkpoints").glob("left-*")
+    assert left.name.startswith("left-step-00000009-")
+    assert f"it stays as {left}, and no resume takes it" in capsys.readouterr().err
