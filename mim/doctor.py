@@ -146,9 +146,18 @@ def problems(found: dict[str, Any]) -> list[str]:
 
 def folders_of(cfg: Config | None, run: Path | None) -> dict[str, Path]:
     """The folders that a run writes, by the keys that choose them."""
-    cache = cfg.train.cache_dir if cfg is not None else None
-    found = {"train.cache_dir": Path(cache or "~/.cache/mimstream").expanduser()}
+    found = {}
+    if cfg is None or uses_cache(cfg):
+        cache = cfg.train.cache_dir if cfg is not None else None
+        found["train.cache_dir"] = Path(cache or "~/.cache/mimstream").expanduser()
     return found | ({"train.run": run} if run is not None else {})
+
+
+def uses_cache(cfg: Config) -> bool:
+    """Whether a recipe keeps anything in `train.cache_dir`: shards of a folder of images, or remote ones."""
+    return any(
+        lock is None or b"://" in (Path(folder) / shards.LOCK).read_bytes() for folder, lock in locks(cfg).items()
+    )
 
 
 def locks(cfg: Config) -> dict[str, str | None]:

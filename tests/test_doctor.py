@@ -91,6 +91,16 @@ def test_data_that_are_not_here_or_are_no_shards_are_problems(tmp_path, image_fo
         assert sentence in line
 
 
+def test_the_cache_is_looked_at_where_a_run_would_use_it_alone(tmp_path, shards, image_folder):
+    assert doctor.folders_of(cfg_of(tmp_path, shards), None) == {}
+    assert doctor.folders_of(cfg_of(tmp_path, image_folder), None).keys() == {"train.cache_dir"}
+    remote = tmp_path / "remote"
+    shutil.copytree(shards / "train", remote)
+    lock = (remote / "dataset.lock.json").read_text()
+    (remote / "dataset.lock.json").write_text(lock.replace('"file": "', '"file": "https://host/'))
+    assert doctor.folders_of(cfg_of(tmp_path, remote), None).keys() == {"train.cache_dir"}
+
+
 def test_a_tokenizer_or_parent_that_is_not_here_is_a_problem(tmp_path, shards):
     cfg = cfg_of(tmp_path, shards, tokenizer={"path": str(tmp_path / "tok")}, init={"run": f"{shards}@7"})
     (line,) = doctor.missing(cfg, doctor.locks(cfg))
