@@ -73,17 +73,39 @@ def newest(run: Path, *, report: Callable[[str], None] = say) -> Path | None:
     A run that has checkpoints, none of them valid, is an error: never a silent fresh start.
     """
     folders = list_checkpoints(run)
+    found = first_valid(folders, verify, report=report)
+    if found is None and folders:
+        raise none_valid(run, len(folders))
+    return found
+
+
+def first_valid(
+    folders: list[Path],
+    why_not: Callable[[Path], str | None],
+    *,
+    report: Callable[[str], None],
+    rejected: list[dict[str, str]] | None = None,
+) -> Path | None:
+    """The newest of some checkpoints, given oldest first, for which `why_not` has no reason; None if there is none.
+
+    Each one that is passed over is reported, and added to `rejected`.
+    """
     for folder in reversed(folders):
-        reason = verify(folder)
+        reason = why_not(folder)
         if reason is None:
             return folder
         report(f"checkpoint {folder} is rejected: {reason}")
-    if folders:
-        raise ConfigError(
-            f"{run} holds {len(folders)} checkpoints and none is valid (reasons above); "
-            f"restore one, or choose another train.run to start afresh"
-        )
+        if rejected is not None:
+            rejected.append({"checkpoint": folder.name, "reason": reason})
     return None
+
+
+def none_valid(run: Path, count: int) -> ConfigError:
+    """A run that has checkpoints, none of them valid."""
+    return ConfigError(
+        f"{run} holds {count} checkpoints and none is valid (reasons above); "
+        f"restore one, or choose another train.run to start afresh"
+    )
 
 
 def list_checkpoints(run: Path) -> list[Path]:

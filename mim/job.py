@@ -9,7 +9,8 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from mim import build, guard, optim
+import tokenizer as tokenizers
+from mim import build, checkpoint, guard, optim
 from mim.attendant import Attendant
 from mim.config import ConfigError
 from mim.data import mixture, quarantine, stages
@@ -96,6 +97,7 @@ class Job:
     attendant: Attendant
     recipe: str
     card: dict[str, float] = field(default_factory=dict)  # of the tokenizer that is trained, as last evaluated
+    every: dict[str, int] = field(default_factory=dict)  # steps between logs, saves and evaluations
     twin: nn.Module | None = None  # of a sharded objective: the plain one that evaluations see
 
     @property
@@ -112,6 +114,16 @@ def num_workers(asked: int | None) -> int:
     if asked is not None:
         return asked
     return min(stages.allowed_cpus(), 16)
+
+
+def restore(job: Job, folder: Path) -> dict[str, Any]:
+    """Take everything of a checkpoint that the loop works on (all ranks); returns its state.json."""
+    state = checkpoint.restore(folder, job.model, job.optimizer.optimizer, job.ema)
+    if job.accelerator.scaler is not None and state.get("scaler"):
+        job.accelerator.scaler.load_state_dict(state["scaler"])
+    job.journal.restore(state.get("bad", []))
+    job.card = tokenizers.score_card(folder)
+    return state
 
 
 def status(job: Job, state: str, step: int, *, reason: str | None = None, code: int | None = None) -> None:

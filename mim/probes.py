@@ -45,9 +45,9 @@ class Samples:
         return self.columns[column][self.rows[which]].to(device).float()
 
 
-def labelled_samples(loaded: LoadedRun, wanted: Wanted, cfg: Any, *, where: str) -> tuple[Samples, Samples]:
-    """The labelled samples of a run's training and held-out split, embedded as a probe's Config says."""
-    found = banks(
+def embedded(loaded: LoadedRun, wanted: Wanted, cfg: Any) -> tuple[Bank, Bank]:
+    """A run's training and held-out split, embedded as a probe's Config says."""
+    return banks(
         loaded,
         wanted,
         batch_size=cfg.batch_size,
@@ -55,7 +55,11 @@ def labelled_samples(loaded: LoadedRun, wanted: Wanted, cfg: Any, *, where: str)
         val_limit=cfg.val_limit,
         cache=cfg.cache,
     )
-    return samples(*found, where=where)
+
+
+def labelled_samples(loaded: LoadedRun, wanted: Wanted, cfg: Any, *, where: str) -> tuple[Samples, Samples]:
+    """The labelled samples of both splits."""
+    return samples(*embedded(loaded, wanted, cfg), where=where)
 
 
 def samples(train: Bank, val: Bank, *, where: str) -> tuple[Samples, Samples]:

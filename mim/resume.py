@@ -72,18 +72,16 @@ def find(run: Path, experiment: dict[str, Any], device: torch.device) -> Found:
         )
     found = Found()
     folders = [run / "checkpoints" / name for name in view["checkpoints"]]
-    for folder in reversed(folders):
-        reason = verify_together(folder, device)
-        if reason is None:
-            found.checkpoint = folder
-            return found
-        say(f"checkpoint {folder} is rejected: {reason}", main=main_rank)
-        found.rejected.append({"checkpoint": folder.name, "reason": reason})
+    found.checkpoint = checkpoint.first_valid(
+        folders,
+        lambda folder: verify_together(folder, device),
+        report=lambda line: say(line, main=main_rank),
+        rejected=found.rejected,
+    )
+    if found.checkpoint is not None:
+        return found
     if folders:
-        raise ConfigError(
-            f"{run} holds {len(folders)} checkpoints and none is valid (reasons above); "
-            f"restore one, or choose another train.run to start afresh"
-        )
+        raise checkpoint.none_valid(run, len(folders))
     found.lost = _begun(run, device)
     if found.lost is not None:
         say(found.lost, main=main_rank)

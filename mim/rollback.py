@@ -21,12 +21,11 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-import tokenizer as tokenizers
 from mim import checkpoint, ranks, resume, retention
 from mim.contracts import Batch, NumericsError, StorageError
 from mim.guard import MAX_ROLLBACKS, RATE_FACTOR, Guard, Incident
 from mim.interventions import Intervention, position_at
-from mim.job import Job, status
+from mim.job import Job, restore, status
 from mim.log import RunLog, read_log, say, write_json
 from mim.saver import Saver
 
@@ -72,11 +71,7 @@ def roll_back(job: Job, saver: Saver, guard: Guard, incident: Incident, batch: B
             raise StorageError(f"{job.run / 'log.jsonl'} cannot be cut back to step {to}: {error.strerror}") from error
     ranks.wait()
     status(job, "running", to)
-    state = checkpoint.restore(good, job.model, job.optimizer.optimizer, job.ema)
-    if job.accelerator.scaler is not None and state.get("scaler"):
-        job.accelerator.scaler.load_state_dict(state["scaler"])
-    job.journal.restore(state.get("bad", []))
-    job.card = tokenizers.score_card(good)
+    state = restore(job, good)
     kept = [one._asdict() for one in (*before, intervention)]
     return {**state, "interventions": kept}
 
@@ -99,12 +94,11 @@ def last_good(run: Path, incident: Incident, device: torch.device) -> Path | Non
     main_rank = ranks.place()[0] == 0
     names = [folder.name for folder in checkpoint.list_checkpoints(run)] if main_rank else []
     folders = [run / "checkpoints" / name for name in ranks.gather(names, device)]
-    for folder in reversed([folder for folder in folders if checkpoint.step_of(folder) < incident.first]):
-        reason = resume.verify_together(folder, device)
-        if reason is None:
-            return folder
-        say(f"checkpoint {folder} is rejected: {reason}", main=main_rank)
-    return None
+    return checkpoint.first_valid(
+        [folder for folder in folders if checkpoint.step_of(folder) < incident.first],
+        lambda folder: resume.verify_together(folder, device),
+        report=lambda line: say(line, main=main_rank),
+    )
 
 
 def check_lease(saver: Saver) -> None:

@@ -30,11 +30,12 @@ from mim.blocks import blocks
 
 
 def shard(network: nn.Module, device: torch.device, *, reshard_after_forward: bool = True) -> nn.Module:
-    """Shard a network over all ranks in place: a group per block, and one of the rest. Rank 0's values count.
+    """Shard a network on its device over all ranks, in place: a group per block, and one of the rest.
+
+    Rank 0's values count.
 
     Without `reshard_after_forward` blocks stay gathered until their backward: faster, with more memory.
     """
-    network.to(device)
     ranks.share([*(parameter.detach() for parameter in network.parameters()), *network.buffers()])
     mesh = init_device_mesh(device.type, (ranks.place()[1],))
     for block in blocks(network).values():

@@ -46,7 +46,7 @@ from mim.board import Board
 from mim.contracts import Batch, DataError
 from mim.data import mixture, quarantine, shuffle, stages, stream
 from mim.guard import Guard, Held, average
-from mim.job import Config, Job, num_workers, status
+from mim.job import Config, Job, num_workers, restore, status
 from mim.log import Averages, Progress, RunLog, say
 from mim.looking import averaged, intervals, look_through, whole
 from mim.rollback import roll_back
@@ -87,7 +87,7 @@ def prepare_and_fit(
     with board.main_first("data"):
         dataset, _ = build.open_data(config.plain(cfg))
     rates = optim.resolve(cfg.optim, len(dataset))
-    intervals(cfg, len(dataset))  # a mistake in them is refused here, before anything is written
+    every = intervals(cfg, len(dataset))  # a mistake in them is refused here, before anything is written
     torch.manual_seed(cfg.optim.seed)
     read = cfg.init.run or cfg.teacher or (cfg.encoder or {}).get("init")  # other weights, which a dry run checks too
     with torch.device("meta") if dry_run and not read else contextlib.nullcontext():
@@ -140,26 +140,21 @@ def prepare_and_fit(
     job = Job(
         cfg, run, built, rates, dataset, sequence, journal, learned, accelerator, model, optimizer, ema, attendant, name
     )
-    job.twin = wrapped.twin
+    job.twin, job.every = wrapped.twin, every
     state: dict[str, Any] = {"step": 0, "look": start.report is not None}
     optim.allocate(optimizer.optimizer)
     if start.optimizer is not None:
         checkpoint.restore_optimizer(start.optimizer, model, optimizer.optimizer)
     if resumed is not None:
-        state = checkpoint.restore(resumed, model, optimizer.optimizer, ema)
-        job.card = tokenizers.score_card(resumed)
-        journal.restore(state.get("bad", []))
-        if accelerator.scaler is not None and state.get("scaler"):
-            accelerator.scaler.load_state_dict(state["scaler"])
+        state = restore(job, resumed)
         say(
             f"resumed at step {state['step']} of {rates.total_steps}, position {state['position']} of the stream, from "
             f"{resumed.name} of {state.get('ranks', '?')} ranks",
             main=main_rank,
         )
     state["start"] = found.account(state, ranks=accelerator.num_processes)
-    keep_every = intervals(cfg, len(dataset)).get("keep")
     saver = at_exit.enter_context(
-        Saver(run, held, keep=cfg.train.keep, keep_every=keep_every, failed_saves=cfg.train.failed_saves)
+        Saver(run, held, keep=cfg.train.keep, keep_every=every.get("keep"), failed_saves=cfg.train.failed_saves)
     )
     return fit(job, state, saver, either(stop, attendant.stopping))
 
@@ -176,7 +171,7 @@ def fit(job: Job, state: dict[str, Any], saver: Saver, stop: Stop) -> int:
     device, world, main_rank = accelerator.device, accelerator.num_processes, accelerator.is_main_process
     start, total, batch_size = state["step"], job.rates.total_steps, cfg.optim.batch_size
     objective = job.objective
-    every = intervals(cfg, len(job.dataset))
+    every = job.every
     averages = Averages(state.get("averages") if main_rank else None)
     fingerprint = state.get("fingerprint", 0) if main_rank else 0  # the ranks' shares are added when it is read
     kept = start or -1  # no checkpoint has step 0: its lines are of an earlier attempt

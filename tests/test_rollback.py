@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from test_distributed import ROOT, torchrun
-from test_train import assert_same, dataset, lines, recipe, tensors  # noqa: F401  (dataset is a fixture)
+from test_train import assert_same, dataset, lines, recipe, scaled_losses, tensors  # noqa: F401  (dataset is a fixture)
 
 from mim import checkpoint, guard, lease, rollback, stopping, train
 from mim.contracts import NumericsError, StorageError
@@ -235,16 +234,8 @@ def test_a_spike_of_the_loss_rolls_back(path, tmp_path, monkeypatch):
 
 
 def test_a_rollback_restores_the_scale_of_scaled_losses(path, tmp_path, monkeypatch):
-    """What fp16 has, on a CPU; the search for a scale may skip 16 steps, here none."""
-    made = []
-    honest = Accelerator.__init__
-
-    def scaled(self, *args, **options):
-        honest(self, *args, **options)
-        self.scaler, self.native_amp = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=100), True
-        made.append(self.scaler)
-
-    monkeypatch.setattr(Accelerator, "__init__", scaled)
+    """The search for a scale may skip 16 steps, here none."""
+    made = scaled_losses(monkeypatch, growth_interval=100)
     monkeypatch.setattr(guard, "SCALE_SEARCH", 0)
     spoil(monkeypatch, math.inf, [30, 36])
     assert run(path, tmp_path / "run") == stopping.DONE

@@ -130,27 +130,28 @@ def test_a_rank_that_hangs_is_named_with_its_place_and_all_stacks_are_written(ex
     assert "backward" in (tmp_path / "run/stacks-rank0.txt").read_text()
 
 
+def reason_without(lost, number, experiment, run, *options):
+    """Send a signal to one of two ranks at step 5; returns why the other one says that the run failed."""
+    path, _ = experiment
+    with Forked(path, run, *options, step=0.2) as forked:
+        forked.until_step(5)
+        forked.send(lost, number)
+        left = forked.ranks[1 - lost]
+        left.join(60)
+        assert left.exitcode == 70, forked.said
+    assert forked.status["state"] == "failed"
+    return forked.status["reason"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
 def test_a_rank_that_is_frozen_or_killed_is_named(experiment, tmp_path, number):
-    path, _ = experiment
-    with Forked(path, tmp_path / "run", "train.timeout=2s", step=0.2) as run:
-        run.until_step(5)
-        run.send(1, number)
-        run.ranks[0].join(60)
-        assert run.ranks[0].exitcode == 70, run.said
-    assert run.status["state"] == "failed"
-    assert run.status["reason"].startswith("rank 1 did not answer for 3 s; it was last seen at the ")
+    reason = reason_without(1, number, experiment, tmp_path / "run", "train.timeout=2s")
+    assert reason.startswith("rank 1 did not answer for 3 s; it was last seen at the ")
 
 
 def test_without_the_first_rank_and_its_store_the_next_says_so(experiment, tmp_path):
-    path, _ = experiment
-    with Forked(path, tmp_path / "run", step=0.2) as run:
-        run.until_step(5)
-        run.send(0, signal.SIGKILL)
-        run.ranks[1].join(60)
-        assert run.ranks[1].exitcode == 70, run.said
-    assert run.status["state"] == "failed"
-    assert run.status["reason"].startswith("the store of the launch, which rank 0 or its launcher keeps, has ended")
+    reason = reason_without(0, signal.SIGKILL, experiment, tmp_path / "run")
+    assert reason.startswith("the store of the launch, which rank 0 or its launcher keeps, has ended")
 
 
 def test_the_error_of_another_rank_is_the_reason_that_the_status_gives(experiment, tmp_path):

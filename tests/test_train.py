@@ -204,17 +204,23 @@ def test_a_run_whose_first_steps_were_skipped_resumes_as_if_never_stopped(datase
     assert [entry["step"] for entry in told if entry["event"] == "skipped"] == [1, 2]
 
 
-def test_a_run_with_scaled_losses_resumes_with_its_scale(dataset, tmp_path, monkeypatch):
-    """What fp16 has, on a CPU: the scaler that accelerate makes on a GPU, doubling its scale every 2 steps."""
-    made = []
+def scaled_losses(monkeypatch, *, growth_interval: int) -> list:
+    """Give each run what fp16 has, on a CPU: accelerate's scaler, doubling its scale so often. Returns the scalers."""
+    made: list = []
     honest = Accelerator.__init__
 
     def scaled(self, *args, **options):
         honest(self, *args, **options)
-        self.scaler, self.native_amp = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2), True
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=growth_interval)
+        self.native_amp = True
         made.append(self.scaler)
 
     monkeypatch.setattr(Accelerator, "__init__", scaled)
+    return made
+
+
+def test_a_run_with_scaled_losses_resumes_with_its_scale(dataset, tmp_path, monkeypatch):
+    made = scaled_losses(monkeypatch, growth_interval=2)
     monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
     path = recipe(dataset, tmp_path, train__log_every="1 steps")
     run(path, tmp_path / "whole")

@@ -21,7 +21,8 @@ from torch import Tensor
 from mim import ranks
 from mim.config import ConfigError
 from mim.contracts import LoadedRun, NamedValues
-from mim.features import Split, Wanted, banks
+from mim.features import Split, Wanted
+from mim.probes import embedded
 
 BANK_ROWS, QUERY_ROWS = 16384, 512  # of a piece on the device
 ROWS = 2**32  # that a rank in the bank may have
@@ -51,14 +52,7 @@ def run(loaded: LoadedRun, cfg: Config) -> NamedValues:
     layers = [cfg.layer, *(layer for layer in cfg.layers if layer != cfg.layer)]
     pools = [cfg.pool, *(pool for pool in cfg.pools if pool != cfg.pool)]
     wanted = Wanted(layers, pools)
-    bank, queries = banks(
-        loaded,
-        wanted,
-        batch_size=cfg.batch_size,
-        train_limit=cfg.train_limit,
-        val_limit=cfg.val_limit,
-        cache=cfg.cache,
-    )
+    bank, queries = embedded(loaded, wanted, cfg)
     device = next(loaded.encoder.parameters()).device
     rows = int((bank.labels >= 0).sum())
     ks = [k for k in sorted({*cfg.ks}) if k <= rows]  # more neighbours than there are say nothing new
