@@ -82,7 +82,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--beit-steps", type=int, default=550, help="as long, on a CPU (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=160, help="of every fine-tuning (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, help="images of a step (default: %(default)s)")
-    parser.add_argument("--rates", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3], help="(default: %(default)s)")
+    parser.add_argument("--rates", nargs="+", type=float, default=[3e-4, 1e-3], help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and crops (default: %(default)s)")
     parser.add_argument("--bank", type=int, default=10000, help="images that fit the probes (default: %(default)s)")
     parser.add_argument("--queries", type=int, default=2500, help="test images of the probes (default: %(default)s)")
