@@ -13,16 +13,16 @@ class Pinned(Tensor):
     """A tensor that notes what is done with it."""
 
     def to(self, device, non_blocking=False):
-        self.events.append(("copy", self.name, non_blocking))
+        self.events.append(("copy", self.title, non_blocking))
         return self
 
     def record_stream(self, stream):
-        self.events.append(("belongs to", self.name, stream.name))
+        self.events.append(("belongs to", self.title, stream.name))
 
 
 def pinned(name, events):
     tensor = torch.zeros(2).as_subclass(Pinned)
-    tensor.name, tensor.events = name, events
+    tensor.title, tensor.events = name, events
     return tensor
 
 
