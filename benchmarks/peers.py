@@ -49,6 +49,7 @@ TINY_BEIT = [  # the recipe has a plain ViT; transformers' BEiT is the published
 ]
 ROWS = {"tiny": 64}  # images per step; else 16
 OURS = "ours"
+SHAKEN = 0.05  # standard deviation of what is added to weights before losses are compared
 CLOSE = 1e-4  # relative difference of two losses in float32
 PRECISIONS = {"bf16": "bf16", "no": "fp32"}
 
@@ -102,9 +103,18 @@ def check_losses(objective: Any, peers: dict[str, Any], batch: Batch) -> dict[st
     return found
 
 
+@torch.no_grad()
+def shake(module: nn.Module) -> None:
+    """Move every trained weight: fresh tokens, biases and heads are near zero, where a loss hardly depends on them."""
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn_like(parameter), alpha=SHAKEN)
+
+
 def peers_of(name: str, built: Any, wanted: list[str] | None) -> dict[str, Any]:
     """The modules of the libraries that are installed, all with the same weights, which ours gets, too."""
     found = {}
+    shake(built.objective)
     for package, make in PEERS[name].items():
         if wanted is not None and package not in wanted:
             continue
@@ -112,6 +122,7 @@ def peers_of(name: str, built: Any, wanted: list[str] | None) -> dict[str, Any]:
             rounds.say(f"{package} is not installed: left out")
             continue
         found[package] = make(built.objective, built.sections)
+        shake(found[package])
         found[package].share(built.objective)
     return found
 

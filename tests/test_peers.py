@@ -45,7 +45,7 @@ def test_other_weights_are_not_timed(shared):
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if "mlp.fc1.weight" in name:
-                parameter.add_(0.05)
+                parameter.mul_(1.05)
     with pytest.raises(peers.Unequal, match="they do not do the same work"):
         peers.check_losses(objective, others, batch)
 

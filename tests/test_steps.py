@@ -33,7 +33,10 @@ def test_the_losses_of_steps_on_real_batches_are_those_of_a_run(objective, recip
 
 
 def test_a_synthetic_batch_has_the_shapes_and_types_of_the_loaders(recipe):
-    wanted = a_work(recipe("beit"))
+    sections = recipe("beit")
+    sections["tokenizer"], sections["objective"]["num_codes"] = {"recipe": "dvae_small_cifar10"}, 512
+    sections["encoder"]["patch_size"] = 4
+    wanted = a_work(sections)
     real = next(steps.Training(wanted, rows=8, shards=True).batches)
     made = steps.synthetic(steps.built_of(wanted), 8)
     assert made.keys() >= real.keys() & {"images", "tokenizer_images", "mask", "noise", "weight", "num_masked", "range"}
