@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import nn
 
-from mim import optim, sharding
+from mim import allocator, attention, optim, sharding
 from mim.blocks import blocks, compile_each, recompute
 from mim.config import ConfigError
 from mim.job import Config, Machine
@@ -99,6 +99,9 @@ def wrap(accelerator: Accelerator, objective: nn.Module, cfg: Config) -> Wrapped
     objective.to(accelerator.device)
     whole = sharding.twin(objective) if sharded else None
     how = []
+    if accelerator.device.type == "cpu":
+        allocator.keep_freed_memory()
+    attention.unfuse(objective, accelerator.device, machine.precision)
     if machine.compile:
         how.append(f"{compile_each(objective)} blocks compiled")
     if machine.activation_checkpointing:  # around what is compiled
