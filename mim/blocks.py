@@ -11,6 +11,11 @@ arXiv 1604.06174, section 3.
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
+import shutil
+import sysconfig
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,15 +60,31 @@ def recompute(network: nn.Module) -> int:
     return len(found)
 
 
-def compile_each(network: nn.Module, **options: Any) -> int:
+def compile_each(network: nn.Module, backend: str = "inductor") -> int:
     """Compile the forward of each block with torch.compile, on its first call. Returns how many there are.
 
-    Blocks share one code, of which each rate of drop path needs its own version, in training and in evaluation: beyond
-    torch's limit of versions (8) the rest would run uncompiled, with no more than a warning.
+    Blocks share one code, of which each rate of drop path and each shape needs its own version: beyond torch's limit of
+    versions (8) the rest would run uncompiled, with no more than a warning. Shapes are few and never change, so none
+    is made for shapes that vary. Draws are torch's own, so the same paths are dropped as without compilation.
     """
     found = list(blocks(network).values())
     limits: Any = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, 4 * len(found))
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, limits.recompile_limit)
+    options: dict[str, Any] | None = {"fallback_random": True} if backend == "inductor" else None
     for block in found:
-        block.forward = torch.compile(block.forward, **options)
+        block.forward = torch.compile(block.forward, dynamic=False, backend=backend, options=options)
     return len(found)
+
+
+def lacking(device: torch.device) -> str | None:
+    """What torch.compile lacks to make code for a GPU, in words; None where it has everything."""
+    if torch.cuda.get_device_capability(device) < (7, 0):
+        return "a GPU of compute capability 7.0"
+    if importlib.util.find_spec("triton") is None:
+        return "triton"
+    if not any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang")):
+        return "a C compiler"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return "the headers of Python"
+    return None

@@ -36,7 +36,7 @@ class Classifier(nn.Module):
         self.logits = logits
         self.num_classes = num_classes
         self.image_size = image_size
-        self.eval().requires_grad_(False)
+        self.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # faster convolutions
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) in [0, 1] -> logits (B, classes)."""

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 import tokenizer as tokenizers
-from mim import build, checkpoint, config, optim, weights
+from mim import build, checkpoint, config, frozen_networks, optim, weights
 from mim.data import mixture, order, tokens
 
 PATCHES_PER_CODE = 256  # below which a smaller codebook is proposed
@@ -77,7 +77,7 @@ def describe(
     rows = order.Plan(built.views.data.repeats, batch_size, world=ranks, micro_batches=micro).micro_size
     count = sum(p.numel() for p in built.objective.parameters() if p.requires_grad) / 1e6
     inside = sum(p.numel() for p in built.encoder.parameters()) / 1e6 if built.encoder is not None else 0.0
-    cache = built.views.cache
+    cache, dtype = built.views.cache, frozen_networks.dtype_of(accelerator.mixed_precision)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     epoch = len(dataset) / batch_size
     objective = built.sections["objective"]["name"]
@@ -92,7 +92,7 @@ def describe(
             if built.objective.per_micro_batch
             else []
         ),
-        *([cache.describe(tokens.made_with(rows, device))] if cache is not None else []),
+        *([cache.describe(tokens.made_with(rows, device, dtype))] if cache is not None else []),
         *(dataset.describe(batch_size, rates.total_steps) if isinstance(dataset, mixture.Mixture) else []),
         *([patches_per_code(built, len(dataset))] if built.encoder is None else []),
         f"1 epoch = {len(dataset)} images = {epoch:.1f} steps; run = {rates.total_steps} steps; "

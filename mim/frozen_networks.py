@@ -1,7 +1,7 @@
 """Frozen networks beside what is trained: where they lie, whether they will do, and what they write into a batch.
 
 A tokenizer writes `codes`, a teacher `targets` or `teacher_logits`; a cache of codes may stand in the tokenizer's
-place.
+place. They compute as the run does (`computing`), and what they write is float32 or integers.
 """
 
 from __future__ import annotations
@@ -22,6 +22,20 @@ from mim.contracts import Batch
 from mim.data import tokens
 from tokenizer.card import RED, verdict
 from tokenizer.quantize import images_of
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """In what the matrix products of frozen networks are done in a run of this `train.precision`.
+
+    Under fp16 in float32: their activations were never held within its range, and an infinity would be a wrong code
+    without a word.
+    """
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def computing(precision: str, device: torch.device) -> torch.autocast:
+    """A context in which frozen networks compute as `dtype_of` says; quantizers stay in float32 by themselves."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype_of(precision) is torch.bfloat16)
 
 
 @torch.no_grad()
@@ -153,4 +167,4 @@ class Teacher(torch.nn.Module):
         """Images (B, C, H, W) in [0, 1] -> features (B, N, D')."""
         if images.shape[-2:] != self.image_size:
             images = F.interpolate(images, size=self.image_size, mode="bicubic", antialias=True).clamp(0, 1)
-        return self.encoder(images).patches
+        return self.encoder(images).patches.float()

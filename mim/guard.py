@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -182,8 +182,8 @@ class Held:
     @torch.no_grad()
     def hold(self) -> None:
         """Copy them."""
-        for copy, buffer in zip(self.copies, self.buffers, strict=True):
-            copy.copy_(buffer)
+        if self.copies:
+            torch._foreach_copy_(self.copies, self.buffers)
 
     @torch.no_grad()
     def put_back(self, finite: Tensor) -> None:
@@ -192,9 +192,20 @@ class Held:
             torch.where(finite, buffer, copy, out=buffer)
 
 
-@torch.no_grad()
-def average(moving: Iterable[Tensor], present: Iterable[Tensor], rate: float, *, finite: Tensor) -> None:
-    """Move averages towards the present values by a rate; not at all in a step that is not finite (0-d bool)."""
-    weight = torch.where(finite, rate, 0.0)
-    for mean, value in zip(moving, present, strict=True):
-        mean.lerp_(value, weight.to(mean.dtype))
+class Average:
+    """Averages of tensors that move towards the present values by a rate; not at all in a step that is skipped.
+
+    mean - rate * (mean - value) is a step of SGD that climbs the gradient `value` with a weight decay of 1. torch's
+    fused SGD takes it for all tensors in one pass without a copy of them, and a flag on the device holds it back.
+    """
+
+    def __init__(self, moving: Sequence[Tensor], present: Sequence[Tensor], rate: float) -> None:
+        means = [mean.detach() for mean in moving]  # of the same memory: a gradient does not belong to a checkpoint
+        for mean, value in zip(means, present, strict=True):
+            mean.grad = value.detach()  # training changes it in place
+        self._sgd: Any = torch.optim.SGD(means, lr=rate, weight_decay=1.0, maximize=True, fused=True)
+
+    def move(self, finite: Tensor) -> None:
+        """Take a step, unless it is not finite (0-d bool); no host sync."""
+        self._sgd.found_inf = (~finite).float()
+        self._sgd.step()

@@ -38,7 +38,7 @@ class Machine:
     stop_before: str = "5m"  # save and stop so long before the limit ends
     timeout: str | None = "10m"  # of a step; a run that does not move for so long is ended; null: never
     shard: bool = False  # parameters, gradients and optimizer over the processes (FSDP2); accelerate's FSDP sets it too
-    compile: bool = False  # every block with torch.compile; the first step takes minutes
+    compile: bool | None = None  # every block with torch.compile; the first step takes minutes; null: on GPUs
     activation_checkpointing: bool = False  # blocks run forward again in the backward: less memory, a third more time
     guard: guard.Config = field(default_factory=guard.Config)  # when to return to the last good checkpoint
 

@@ -18,7 +18,7 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import nn
 
 from mim import allocator, attention, optim, sharding
-from mim.blocks import blocks, compile_each, recompute
+from mim.blocks import blocks, compile_each, lacking, recompute
 from mim.config import ConfigError
 from mim.job import Config, Machine
 
@@ -98,12 +98,11 @@ def wrap(accelerator: Accelerator, objective: nn.Module, cfg: Config) -> Wrapped
     machine, sharded = cfg.train, is_sharded(accelerator, cfg.train)
     objective.to(accelerator.device)
     whole = sharding.twin(objective) if sharded else None
-    how = []
     if accelerator.device.type == "cpu":
         allocator.keep_freed_memory()
     attention.unfuse(objective, accelerator.device, machine.precision)
-    if machine.compile:
-        how.append(f"{compile_each(objective)} blocks compiled")
+    how: list[str] = []
+    how += compiled(objective, machine.compile, accelerator.device)
     if machine.activation_checkpointing:  # around what is compiled
         how.append(f"activations of {recompute(objective)} blocks recomputed")
     if sharded:
@@ -118,6 +117,14 @@ def wrap(accelerator: Accelerator, objective: nn.Module, cfg: Config) -> Wrapped
     model = accelerator.prepare_model(objective, evaluation_mode=alone)
     optimizer = accelerator.prepare_optimizer(optim.create(objective, cfg.optim))
     return Wrapped(model, optimizer, whole, "; ".join(how))
+
+
+def compiled(objective: nn.Module, asked: bool | None, device: torch.device) -> list[str]:
+    """Compile the blocks if that is asked for or, left open, on a GPU that has what it takes; tell so in words."""
+    on_gpu = device.type == "cuda"
+    if asked is None and on_gpu and (missing := lacking(device)):
+        return [f"blocks not compiled, for lack of {missing}"]
+    return [f"{compile_each(objective)} blocks compiled"] if asked or (asked is None and on_gpu) else []
 
 
 def _is_set(name: str) -> bool:

@@ -162,7 +162,7 @@ class Averages:
         The micro-batches of a step that was not `finite` (0-d bool) and so was skipped are left out of the means.
         """
         for name, value in self._open.items():
-            self._count(name, value if finite is None else torch.where(finite, value, 0.0))
+            self._count(name, value if finite is None else value.masked_fill(~finite, 0.0))
         self._open = {}
         for name, value in values.items():
             self._count(f"step/{name}", value.double() / ranks)

@@ -109,7 +109,11 @@ def record(values: Any, folder: Path, step: int, *, main: bool = True) -> tuple[
 
 @contextlib.contextmanager
 def averaged(job: Job) -> Iterator[Any]:
-    """The objective in evaluation mode, with the averaged weights in place while the block runs (all ranks)."""
+    """The objective in evaluation mode, with the averaged weights in place while the block runs (all ranks).
+
+    Its blocks run uncompiled: evaluations come with shapes of their own, each of which would be compiled anew, and
+    look inside of blocks.
+    """
     if job.twin is not None:
         sharding.fill(job.twin, job.objective, job.ema)
         try:
@@ -125,7 +129,7 @@ def averaged(job: Job) -> Iterator[Any]:
         value.copy_(job.ema[name])
     job.model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield objective
     finally:
         for name, value in swapped.items():
@@ -135,9 +139,10 @@ def averaged(job: Job) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def whole(job: Job) -> Iterator[Any]:
-    """The objective in training mode, to call any method of it; what the block changes stays (all ranks)."""
+    """The objective in training mode, uncompiled, to call any method of it; what the block changes stays (all ranks)."""
     if job.twin is None:
-        yield job.objective
+        with torch.compiler.set_stance("force_eager"):
+            yield job.objective
         return
     sharding.fill(job.twin, job.objective, {})
     try:

@@ -1,6 +1,6 @@
 """Make a token cache: a recipe's frozen tokenizer over K views of every image (format: mim/data/tokens.py).
 
-Views, device, micro-batches and the call of the tokenizer are those of training, so its codes are too. Every process
+Views, device, precision, micro-batches and the call of the tokenizer are those of training, so its codes are too. Every process
 of a launch takes shards of its own, and so does every `part`; nothing is sent between them. A shard is finished when
 its facts lie beside its codes, so a killed process loses only the shard it was at. The lock comes last. Made again, a
 finished cache is proven, and what is damaged is repaired.
@@ -78,6 +78,7 @@ class Work:
     rows: int  # per micro-batch
     workers: int
     accelerator: Accelerator
+    precision: str  # train.precision
 
     @property
     def num_codes(self) -> int:
@@ -177,10 +178,11 @@ def prepare(recipe: str, overrides: list[str], out: Path, views: int | None) -> 
     head = {
         "format": tokens.FORMAT,
         "binding": build.token_binding(built.views, built.sections, dataset, built.encoder.grid(size)),
-        "made": tokens.made_with(rows, accelerator.device),
+        "made": tokens.made_with(rows, accelerator.device, frozen_networks.dtype_of(cfg.train.precision)),
         "tokenizer": asdict(build.tokenizer_facts(built.sections, tokenizer)),
     }
-    return Work(out, head, built, dataset, rows, job.num_workers(cfg.train.workers), accelerator)
+    workers = job.num_workers(cfg.train.workers)
+    return Work(out, head, built, dataset, rows, workers, accelerator, cfg.train.precision)
 
 
 # ---- encoding ------------------------------------------------------------------------------------
@@ -213,7 +215,8 @@ def batches(work: Work, shards: list[int]) -> tuple[Any, int]:
     def encoded() -> Iterator[Batch]:
         for batch in loader:
             batch = stream.to_device(batch, device)
-            frozen_networks.write_targets({"tokenizer": work.built.frozen["tokenizer"]}, batch)
+            with frozen_networks.computing(work.precision, device):
+                frozen_networks.write_targets({"tokenizer": work.built.frozen["tokenizer"]}, batch)
             yield batch
 
     return encoded(), len(plan)

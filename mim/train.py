@@ -45,7 +45,8 @@ from mim.attendant import Attendant
 from mim.board import Board
 from mim.contracts import Batch, DataError
 from mim.data import mixture, quarantine, shuffle, stages, stream
-from mim.guard import Guard, Held, average
+from mim.data.ahead import Ahead
+from mim.guard import Average, Guard, Held
 from mim.job import Config, Job, num_workers, restore, status
 from mim.log import Averages, Progress, RunLog, say
 from mim.looking import averaged, intervals, look_through, whole
@@ -206,8 +207,11 @@ def fit(job: Job, state: dict[str, Any], saver: Saver, stop: Stop) -> int:
         for name, value in checkpoint.averaged_tensors(objective).items() if job.ema else ():
             job.ema[name].copy_(value)
     batches = iter(loader(job, start))
-    present = sharding.local(checkpoint.averaged_tensors(objective).values())  # training changes them in place
-    means = sharding.local(job.ema.values())
+    ahead = Ahead(device)
+    means = None
+    if cfg.optim.ema is not None:
+        present = sharding.local(checkpoint.averaged_tensors(objective).values())  # training changes them in place
+        means = Average(sharding.local(job.ema.values()), present, 1 - cfg.optim.ema)
     held = Held(objective)
     model.train()
     at = job.attendant.at
@@ -229,7 +233,7 @@ def fit(job: Job, state: dict[str, Any], saver: Saver, stop: Stop) -> int:
             progress_line.waited(waited)
             waiting.batch(waited, batch["seconds"], len(batch["keys"]))
             seed_draws(cfg.optim.seed, step, accelerator.process_index, micro)
-            batch = on_device(job, batch)
+            batch = on_device(job, ahead(batch))
             last = micro == cfg.train.micro_batches - 1
             with contextlib.nullcontext() if last else sharding.adding_up(model):  # the last takes the ranks' mean
                 at("forward", step)
@@ -247,13 +251,13 @@ def fit(job: Job, state: dict[str, Any], saver: Saver, stop: Stop) -> int:
         finite = torch.isfinite(norm)
         optim.update(optimizer, finite, accelerator.scaler)
         optimizer.zero_grad()
-        averages.add_step({"grad_norm": torch.where(finite, norm, 0.0), "skipped": ~finite}, world, finite=finite)
+        averages.add_step({"grad_norm": norm.masked_fill(~finite, 0.0), "skipped": ~finite}, world, finite=finite)
         guard.close(finite, norm)
         if hasattr(objective, "after_step"):
             objective.after_step(step, progress)
         held.put_back(finite)
-        if cfg.optim.ema is not None:
-            average(means, present, 1 - cfg.optim.ema, finite=finite)
+        if means is not None:
+            means.move(finite)
         progress_line.advance()
         for line in waiting.step(time.perf_counter()):
             say(line, main=main_rank)
@@ -353,7 +357,8 @@ def on_device(job: Job, batch: Batch) -> Batch:
     batch = stream.to_device(batch, job.accelerator.device)
     if hasattr(job.objective, "prepare"):
         batch = job.objective.prepare(batch)
-    frozen_networks.write_targets(job.built.frozen, batch)
+    with frozen_networks.computing(job.cfg.train.precision, job.accelerator.device):
+        frozen_networks.write_targets(job.built.frozen, batch)
     return batch
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mim.config import ConfigError
-from mim.guard import SCALE_SEARCH, Config, Guard, Held, average
+from mim.guard import SCALE_SEARCH, Average, Config, Guard, Held
 
 GOOD, BAD = torch.tensor(True), torch.tensor(False)
 
@@ -187,9 +187,13 @@ def test_buffers_that_no_checkpoint_has_are_constants_and_not_copied():
 
 
 def test_an_average_moves_in_a_step_that_counts_and_in_no_other():
-    mean, value = torch.randn(5), torch.randn(5)
-    before = mean.clone()
-    average([mean], [value], 0.1, finite=BAD)
-    assert mean.equal(before)
-    average([mean], [value], 0.1, finite=GOOD)
-    assert mean.equal(before.lerp(value, 0.1))
+    means, values = ([torch.randn(5), torch.randn(2, 3, dtype=torch.float64)] for _ in range(2))
+    before, average = [mean.clone() for mean in means], Average(means, values, 0.1)
+    average.move(BAD)
+    assert all(mean.equal(old) for mean, old in zip(means, before, strict=True))
+    for value in values:  # as training does, in place
+        value.mul_(2)
+    average.move(GOOD)
+    for mean, old, value in zip(means, before, values, strict=True):
+        assert mean.allclose(old.lerp(value, 0.1), rtol=1e-6)
+        assert mean.grad is None

@@ -69,7 +69,10 @@ def save(tokenizer: nn.Module, folder: str | Path, *, name: str, config: dict[st
 
 
 def load(folder: str | Path) -> Any:
-    """The tokenizer in a folder, frozen and in evaluation mode, on the CPU; ValueError when it does not fit."""
+    """The tokenizer in a folder, frozen and in evaluation mode, on the CPU; ValueError when it does not fit.
+
+    Kernels of convolutions lie channels-last in memory, so that no image is turned before one and back behind it.
+    """
     folder = Path(folder)
     description = _description(folder / DESCRIPTION)
     module = importlib.import_module(f"{__name__}.{description['name']}")
@@ -89,7 +92,7 @@ def load(folder: str | Path) -> Any:
         raise ValueError(f"{folder / WEIGHTS} holds values that are not finite, first in {broken[0]}")
     require_same_layout(state, tokenizer.state_dict(), f"{folder / WEIGHTS} does not match its config")
     tokenizer.load_state_dict(state, assign=True)  # also where it was built without memory
-    return tokenizer.requires_grad_(False).eval()
+    return tokenizer.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
 
 def score_card(folder: str | Path) -> dict[str, float]:

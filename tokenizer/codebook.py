@@ -162,7 +162,7 @@ def draw(vectors: Tensor, noise: Tensor, weight: Tensor | None, num: int) -> tup
     b, n, _ = vectors.shape
     keys = uniform_noise(noise, (n,))  # (B, N)
     if weight is not None:
-        keys = torch.where(weight[:, None] != 0, keys, NEVER)
+        keys = keys.masked_fill(weight[:, None] == 0, NEVER)
     kept, ids = torch.topk(keys.flatten(), min(num, b * n), largest=False, sorted=True)
     return kept, vectors.float().flatten(0, 1)[ids]
 

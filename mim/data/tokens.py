@@ -177,10 +177,11 @@ class EveryView(torch_data.Dataset[Batch]):
         return Place(int(shard), int(row), number)
 
 
-def made_with(rows: int, device: torch.device) -> dict[str, Any]:
-    """What decides how the tokenizer rounds: it runs in float32, whatever the precision of the training."""
+def made_with(rows: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What decides how the tokenizer rounds; `dtype` is that of its matrix products."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"rows": rows, "dtype": "float32", "device": name, "torch": str(torch.__version__)}
+    in_words = str(dtype).removeprefix("torch.")
+    return {"rows": rows, "dtype": in_words, "device": name, "torch": str(torch.__version__)}
 
 
 def code_dtype(num_codes: int) -> np.dtype:

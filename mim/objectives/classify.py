@@ -157,7 +157,7 @@ class Classify(nn.Module):
             share = self.cfg.distill.weight
             taught = distillation_loss(distilled, batch["teacher_logits"].float(), self.cfg.distill)
             loss = (1 - share) * loss + share * taught
-        out = {"loss": torch.where(known, loss, 0.0)}
+        out = {"loss": loss.masked_fill(~known, 0.0)}
         if soft_labels is None:
             out["accuracy"] = (_averaged(logits, distilled).argmax(dim=1) == labels).float().detach()
         return out
