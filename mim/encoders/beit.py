@@ -61,6 +61,16 @@ def create(cfg: Config, *, image_size: tuple[int, int], channels: int, depth: in
     return backbone.create(Beit, cfg, options, image_size=image_size, channels=channels, depth=depth)
 
 
+def as_scores(bias: Tensor | None) -> Tensor | None:
+    """A position bias in the precision that autocast gives the scores it is added to, which so stay in it.
+
+    A block casts for itself: so the gradients of the blocks add up in the precision of the table.
+    """
+    if bias is None or not torch.is_autocast_enabled(bias.device.type):
+        return bias
+    return bias.to(torch.get_autocast_dtype(bias.device.type))
+
+
 class BEiT(nn.Module):
     """timm's Beit as an `Encoder` of images of one size. It carries its own pixel mean and std."""
 
@@ -118,7 +128,7 @@ class BEiT(nn.Module):
         bias = self.position_bias()
         outputs = {}
         for i, block in enumerate(self.vit.blocks[: max(wanted) + 1]):
-            x = block(x, shared_rel_pos_bias=bias)
+            x = block(x, shared_rel_pos_bias=as_scores(bias))
             if i in wanted:
                 y = self.vit.norm(x) if norm else x
                 outputs[i] = Features(y[:, :1], y[:, 1:])
@@ -178,5 +188,5 @@ class MoreBlocks(nn.Module):
         x = torch.cat(features, dim=1)  # (B, 1 + N, D)
         bias = self.position_bias()
         for block in self.blocks:
-            x = block(x, shared_rel_pos_bias=bias)
+            x = block(x, shared_rel_pos_bias=as_scores(bias))
         return Features(x[:, :1], x[:, 1:])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mim import backbone
 from mim.contracts import Features
-from mim.patches import gather, grid_of, replace
+from mim.patches import embed, gather, grid_of, patchify, replace
 
 
 @dataclass
@@ -156,17 +156,28 @@ class EVA(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Patches with prefix, as timm embeds them, some replaced or dropped, and their rotary table."""
         assert mask is None or ids_keep is None, "replace or drop, not both"
-        x = self.vit.patch_embed(self.normalize(images))  # (B, h, w, D)
-        if mask is not None:
-            x = replace(x, mask, mask_token)
-        x, rotary = self.vit._pos_embed(x)  # (B, R + N, D), and what `rotary` returns
+        pixels = self.normalize(images)
         if ids_keep is not None:
-            prefix, patches = x[:, : self.num_prefix], x[:, self.num_prefix :]
-            x = torch.cat([prefix, gather(patches, ids_keep)], dim=1)  # (B, R + K, D)
-            if rotary is not None:
-                rotary = apply_keep_indices_nlc(x, rotary, ids_keep)  # (B, K, 2 D / heads) or (B, depth, heads, K, ..)
-                rotary = rotary.transpose(0, 1) if self.vit.rope_mixed else rotary.unsqueeze(1)  # beside heads
+            x, rotary = self._embed_kept(pixels, ids_keep)
+        else:
+            x = self.vit.patch_embed(pixels)  # (B, h, w, D)
+            if mask is not None:
+                x = replace(x, mask, mask_token)
+            x, rotary = self.vit._pos_embed(x)  # (B, R + N, D), and what `rotary` returns
         return self.vit.norm_pre(x), rotary
+
+    def _embed_kept(self, pixels: Tensor, ids_keep: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Embed the kept patches alone (B, K), with positions and prefix: (B, R + K, D), and their rotary table."""
+        stem = self.vit.patch_embed
+        kept = stem.norm(embed(gather(patchify(pixels, self.patch_size), ids_keep), stem.proj))  # (B, K, D)
+        h, w = self.grid((pixels.shape[2], pixels.shape[3]))
+        table, rotary = self.vit._pos_embed(self.mean.new_zeros(1, h, w, self.width))  # (1, R + N, D): what timm adds
+        prefix, positions = table.expand(len(kept), -1, -1).split([self.num_prefix, h * w], dim=1)
+        x = torch.cat([prefix, kept + gather(positions, ids_keep)], dim=1)  # (B, R + K, D)
+        if rotary is not None:
+            rotary = apply_keep_indices_nlc(x, rotary, ids_keep)  # (B, K, 2 D / heads) or (B, depth, heads, K, ..)
+            rotary = rotary.transpose(0, 1) if self.vit.rope_mixed else rotary.unsqueeze(1)  # beside heads
+        return x, rotary
 
 
 class MoreBlocks(nn.Module):
