@@ -162,7 +162,7 @@ class TransformersBEiT(nn.Module):
                 use_absolute_position_embeddings=False,
                 use_shared_relative_position_bias=True,
                 use_relative_position_bias=False,
-                layer_scale_init_value=float(vit.blocks[0].gamma_1.detach().flatten()[0]),
+                layer_scale_init_value=sections["encoder"]["layer_scale"] or 0.0,
                 drop_path_rate=sections["encoder"]["drop_path_rate"],
             )
         )

@@ -2,9 +2,9 @@
 
 Batch, optimizer (fused AdamW in the same groups), clipping and precision are equal; each library runs as it ships, and
 once more with the attention that it calls eager, so that none is held back by a kernel. Before anything is timed, all
-losses are compared on one batch, with the same weights and masks, in float32. A step is forward, backward and update;
-ours also has what a run adds: uint8 images that become floats, the norm of the gradient, the average of the losses.
-The others get normalised floats for nothing.
+losses and the norms of their gradients are compared in float32, with the same weights and masks. A step is forward,
+backward and update; ours also has what a run adds: uint8 images that become floats, the norm of the gradient, the
+average of the losses. The others get normalised floats for nothing.
 
 In each round every variant takes its turn. A ratio is the median over rounds of the ratio to ours at the same
 precision, and of the other's float32 to our bfloat16. MFU counts what the recipe needs (mim/footprint.py), the same
@@ -21,6 +21,7 @@ for all, against matrix products that are timed in the same rounds. lightly is l
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import time
 from collections.abc import Callable
@@ -48,14 +49,14 @@ TINY_BEIT = [  # the recipe has a plain ViT; transformers' BEiT is the published
     "encoder.num_heads=3",
 ]
 ROWS = {"tiny": 64}  # images per step; else 16
+FEW = 2  # images on which losses are compared
 OURS = "ours"
-SHAKEN = 0.05  # standard deviation of what is added to weights before losses are compared
-CLOSE = 1e-4  # relative difference of two losses in float32
+CLOSE = 1e-4  # relative difference of two losses, or of the norms of their gradients, in float32
 PRECISIONS = {"bf16": "bf16", "no": "fp32"}
 
 
 class Unequal(ValueError):
-    """Two libraries do not compute the same loss."""
+    """Two libraries do not compute the same."""
 
 
 class PeerTraining:
@@ -89,26 +90,39 @@ def with_pixels(objective: Any, batch: Batch) -> Batch:
         return {**found, "pixels": objective.encoder.normalize(found["images"]).contiguous()}
 
 
-@torch.no_grad()
-def check_losses(objective: Any, peers: dict[str, Any], batch: Batch) -> dict[str, float]:
-    """The float32 loss of each, on one batch and with equal weights; raises Unequal where one differs."""
-    found = {OURS: objective.eval()(batch, torch.zeros(()))["loss"].mean().item()}
+def check_equal(objective: Any, peers: dict[str, Any], batch: Batch) -> dict[str, dict[str, float]]:
+    """Loss and norm of all gradients of each in float32, on one batch with equal weights; Unequal where one differs."""
+    found = {OURS: measured(objective.eval(), lambda: objective(batch, torch.zeros(()))["loss"].mean())}
     for name, module in peers.items():
-        found[name] = module.eval()(batch["pixels"], batch).item()
-        if not abs(found[name] - found[OURS]) <= CLOSE * abs(found[OURS]):
-            raise Unequal(
-                f"the loss of {name} is {found[name]:.6f}, ours {found[OURS]:.6f}, with the same weights and masks; "
-                f"they do not do the same work, so their speeds are not compared"
-            )
+        found[name] = measured(module.eval(), functools.partial(module, batch["pixels"], batch))
+        for what, theirs in found[name].items():
+            ours = found[OURS][what]
+            if not abs(theirs - ours) <= CLOSE * abs(ours):
+                raise Unequal(
+                    f"the {what} of {name} is {theirs:.6f}, ours {ours:.6f}, with the same weights and masks; they do "
+                    f"not do the same work, so their speeds are not compared"
+                )
     return found
+
+
+def measured(module: nn.Module, loss_of: Callable[[], torch.Tensor]) -> dict[str, float]:
+    """A module's loss and the norm of its gradient, which any of its weights would change."""
+    loss = loss_of()
+    loss.backward()
+    norm = nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+    module.zero_grad()
+    return {"loss": loss.item(), "norm of the gradient": norm.item()}
 
 
 @torch.no_grad()
 def shake(module: nn.Module) -> None:
-    """Move every trained weight: fresh tokens, biases and heads are near zero, where a loss hardly depends on them."""
+    """Move every trained weight: fresh tokens, biases and heads are near zero, where a loss hardly depends on them.
+
+    By as much as keeps the variance of what a layer passes on, so that rounding does not grow with depth.
+    """
     for parameter in module.parameters():
         if parameter.requires_grad:
-            parameter.add_(torch.randn_like(parameter), alpha=SHAKEN)
+            parameter.add_(torch.randn_like(parameter), alpha=parameter.shape[-1] ** -0.5)
 
 
 def peers_of(name: str, built: Any, wanted: list[str] | None) -> dict[str, Any]:
@@ -141,9 +155,11 @@ class Case:
         built = steps.built_of(first)
         peers = peers_of(name, built, arguments.only)
         weights = {key: value.clone() for key, value in built.objective.state_dict().items()}
+        few = with_pixels(built.objective, steps.synthetic(built, FEW))
+        self.equal = check_equal(built.objective, peers, few)
+        losses = ", ".join(f"{package} {found['loss']:.6f}" for package, found in self.equal.items())
+        rounds.say(f"{first.name}: equal losses and gradients, {losses}")
         batch = with_pixels(built.objective, steps.synthetic(built, self.rows))
-        self.losses = check_losses(built.objective, peers, batch)
-        rounds.say(f"{first.name}: equal losses, " + ", ".join(f"{k} {v:.6f}" for k, v in self.losses.items()))
         self.trainings = {}
         for key, wanted in works.items():
             own = built if wanted is first else steps.built_of(wanted)
@@ -246,7 +262,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             run()
         found = figures(case, rounds.interleaved(case.variants, given.rounds, tell=rounds.say))
         show(f"{name} {given.size}", case, found)
-        results[name] = {**found, "rows": case.rows, "flops": case.flops, "losses": case.losses}
+        results[name] = {**found, "rows": case.rows, "flops": case.flops, "equal": case.equal}
         device = case.device
         del case
     facts = rounds.machine(device, ("torch", "timm", "transformers", "lightly"))

@@ -35,7 +35,7 @@ def test_losses_are_equal_with_equal_weights_whatever_the_attention(shared):
     for eager in (False, True):
         for module in others.values():
             module.attend(eager=eager)
-        found = peers.check_losses(objective, others, batch)
+        found = peers.check_equal(objective, others, batch)
         assert len(found) == 2
 
 
@@ -47,7 +47,7 @@ def test_other_weights_are_not_timed(shared):
             if "mlp.fc1.weight" in name:
                 parameter.mul_(1.05)
     with pytest.raises(peers.Unequal, match="they do not do the same work"):
-        peers.check_losses(objective, others, batch)
+        peers.check_equal(objective, others, batch)
 
 
 def test_eager_attention_calls_no_fused_kernel(shared):
