@@ -22,10 +22,11 @@ from torch import Tensor
 
 from benchmarks.rounds import Phases
 from mim import build, checkpoint, config, footprint, frozen_networks, launching, optim, sharding, train
-from mim.blocks import compile_each
+from mim.blocks import blocks
 from mim.contracts import Batch
 from mim.data import mixture, quarantine, stream
-from mim.guard import Held, average
+from mim.data.ahead import Ahead
+from mim.guard import Average, Held
 from mim.job import Config, Job
 from mim.log import Averages
 
@@ -101,7 +102,17 @@ def built_of(wanted: Work, dataset: Any = None) -> build.Built:
     found = build.build(config.plain(wanted.cfg), dataset=dataset, load_frozen=False)
     if wanted.codes_given:
         found.frozen.pop("tokenizer")
+    if "tokenizer" in found.frozen:
+        found.frozen["tokenizer"].to(memory_format=torch.channels_last)  # as one that is loaded lies in memory
     return found
+
+
+def compile_blocks(objective: Any, mode: str) -> None:
+    """Compile each block as a run does, but in one of torch.compile's modes."""
+    found, limits = blocks(objective).values(), torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, 4 * len(found))
+    for block in found:
+        block.forward = torch.compile(block.forward, dynamic=False, mode=mode)
 
 
 def flops(wanted: Work, rows: int) -> float:
@@ -163,8 +174,8 @@ class Training:
         accelerator = launching.launch(cfg)
         self.device = accelerator.device
         if compile_mode is not None:
-            compile_each(self.built.objective, mode=compile_mode)
-            cfg.train.compile = False
+            compile_blocks(self.built.objective, compile_mode)
+            cfg = replace(cfg, train=replace(cfg.train, compile=False))
         wrapped = launching.wrap(accelerator, self.built.objective, cfg)
         for network in self.built.frozen.values():
             network.to(self.device)
@@ -176,8 +187,10 @@ class Training:
         self.averages, self.held, self.number = Averages(None), Held(objective), 0
         self.waited = 0.0  # seconds of the last step in which the host waited for data
         optim.allocate(wrapped.optimizer.optimizer)
-        self._means = sharding.local(self.job.ema.values())
-        self._present = sharding.local(moved.values())
+        self.ahead, self.means = Ahead(self.device), None
+        if cfg.optim.ema is not None:
+            means, present = sharding.local(self.job.ema.values()), sharding.local(moved.values())
+            self.means = Average(means, present, 1 - cfg.optim.ema)
         self.batches = self._loaded() if shards else self._repeated(rows)
         wrapped.model.train()
 
@@ -194,11 +207,12 @@ class Training:
         progress = torch.full((), (self.number - 1) / job.rates.total_steps, device=self.device)
         self.held.hold()
         train.seed_draws(cfg.optim.seed, self.number, accelerator.process_index, 0)
-        batch = stream.to_device(batch, self.device)
+        batch = stream.to_device(self.ahead(batch), self.device)
         if hasattr(objective, "prepare"):
             batch = objective.prepare(batch)
         phases.mark("transfer")
-        frozen_networks.write_targets(job.built.frozen, batch)
+        with frozen_networks.computing(cfg.train.precision, self.device):
+            frozen_networks.write_targets(job.built.frozen, batch)
         phases.mark("frozen networks")
         out = job.model(batch, progress)
         loss = (out["loss"] * batch["weight"]).sum() / cfg.optim.batch_size
@@ -213,8 +227,8 @@ class Training:
         if hasattr(objective, "after_step"):
             objective.after_step(self.number, progress)
         self.held.put_back(finite)
-        if cfg.optim.ema is not None:
-            average(self._means, self._present, 1 - cfg.optim.ema, finite=finite)
+        if self.means is not None:
+            self.means.move(finite)
         phases.mark("optimizer")
         return loss.detach()
 

@@ -52,7 +52,7 @@ class Variant:
         self.rows = given.batch_size or ROWS.get(device.type, {}).get(given.size, FEWEST)
         before = self._allocated()
         self.training = steps.Training(
-            wanted, rows=self.rows, compile_mode=given.compile_mode if wanted.cfg.train.compile else None,
+            wanted, rows=self.rows, compile_mode=given.compile_mode if wanted.cfg.train.compile is not False else None,
             shards=given.data is not None,
         )  # fmt: skip
         self.phases = rounds.Phases(device)
