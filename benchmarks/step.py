@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Any
 from unittest import mock
 
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import rounds, steps
-from mim import launching
+from mim import last_block, launching
 from mim.encoders import beit as beit_encoder
 from mim.objectives import beit
 from mim.patches import gather
@@ -69,6 +70,12 @@ def bias_in_float32(objective: Any) -> Any:
     return mock.patch.object(beit_encoder, "as_scores", lambda bias: bias)
 
 
+def whole_last_block(objective: Any) -> Any:
+    """The last block computes all tokens, then those of masked patches are picked."""
+    last = objective.encoder.vit.blocks[-1]
+    return mock.patch.object(last, "forward", MethodType(last_block._whole, last))
+
+
 def transposed_logits(objective: Any) -> Any:
     """The cross-entropy over codes that stand in the second dimension, in a copy in float32."""
 
@@ -87,6 +94,7 @@ WITHOUT: dict[str, dict[str, Callable[[Any], Any]]] = {
     },
     "beit-codes": {
         "the other attention": the_other_attention,
+        "whole last block": whole_last_block,
         "position bias in float32": bias_in_float32,
         "transposed logits": transposed_logits,
     },

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mim import backbone
 from mim.contracts import Features
+from mim.last_block import let_read, rows_of
 from mim.patches import grid_of, replace
 
 POSITIONS = {
@@ -86,6 +87,7 @@ class BEiT(nn.Module):
         self.channels = channels
         self.width = vit.embed_dim
         self.depth = len(vit.blocks)
+        let_read(vit.blocks[-1])
         self.patch_size = vit.patch_embed.patch_size[0]
         self.grid(image_size)
         backbone.keep_statistics(self, cfg.mean, cfg.std, channels)
@@ -105,9 +107,12 @@ class BEiT(nn.Module):
         mask: Tensor | None = None,
         mask_token: Tensor | None = None,
         ids_keep: Tensor | None = None,
+        ids_read: Tensor | None = None,
     ) -> Features:
         """Encode images (B, C, H, W); `mask` (B, N) with `mask_token` (1, 1, D) replaces; `ids_keep` is refused."""
-        (features,) = self.layers(images, [-1], norm=True, mask=mask, mask_token=mask_token, ids_keep=ids_keep)
+        (features,) = self.layers(
+            images, [-1], norm=True, mask=mask, mask_token=mask_token, ids_keep=ids_keep, ids_read=ids_read
+        )
         return features
 
     def layers(
@@ -119,16 +124,22 @@ class BEiT(nn.Module):
         mask: Tensor | None = None,
         mask_token: Tensor | None = None,
         ids_keep: Tensor | None = None,
+        ids_read: Tensor | None = None,
     ) -> list[Features]:
-        """Return the outputs of the blocks named by `indices` (negative: from the end), normed if asked."""
+        """Return the outputs of the blocks named by `indices` (negative: from the end), normed if asked.
+
+        Of the encoder's last block only patches `ids_read` (B, M), if they are given.
+        """
         if ids_keep is not None:
             raise ValueError("encoder.name=beit cannot drop patches: its position bias covers the whole grid; use vit")
         wanted = [i % self.depth for i in indices]
         x = self._embed(images, mask, mask_token)  # (B, 1 + N, D)
         bias = self.position_bias()
+        rows = rows_of(ids_read, 1)
         outputs = {}
         for i, block in enumerate(self.vit.blocks[: max(wanted) + 1]):
-            x = block(x, shared_rel_pos_bias=as_scores(bias))
+            read = {} if i < self.depth - 1 else {"rows": rows}
+            x = block(x, shared_rel_pos_bias=as_scores(bias), **read)
             if i in wanted:
                 y = self.vit.norm(x) if norm else x
                 outputs[i] = Features(y[:, :1], y[:, 1:])

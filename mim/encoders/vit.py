@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mim import backbone
 from mim.contracts import Features
 from mim.initialization import tie_keys_to_queries
+from mim.last_block import let_read, rows_of
 from mim.patches import blank, embed, gather, grid_of, ids_to_mask, patchify, replace, sincos_positions
 
 TIMM_INITS = ("jax", "moco")
@@ -97,6 +98,7 @@ class ViT(nn.Module):
         self.channels = channels
         self.width = vit.embed_dim
         self.depth = len(vit.blocks)
+        let_read(vit.blocks[-1])
         self.patch_size = _stride(vit.patch_embed, image_size)
         self.num_prefix = vit.num_prefix_tokens
         self.stem_overlaps = isinstance(vit.patch_embed, HybridEmbed)
@@ -120,9 +122,12 @@ class ViT(nn.Module):
         mask: Tensor | None = None,
         mask_token: Tensor | None = None,
         ids_keep: Tensor | None = None,
+        ids_read: Tensor | None = None,
     ) -> Features:
         """Encode images (B, C, H, W); `mask` (B, N) with `mask_token` (1, 1, D) replaces, `ids_keep` (B, K) drops."""
-        (features,) = self.layers(images, [-1], norm=True, mask=mask, mask_token=mask_token, ids_keep=ids_keep)
+        (features,) = self.layers(
+            images, [-1], norm=True, mask=mask, mask_token=mask_token, ids_keep=ids_keep, ids_read=ids_read
+        )
         return features
 
     def layers(
@@ -134,13 +139,18 @@ class ViT(nn.Module):
         mask: Tensor | None = None,
         mask_token: Tensor | None = None,
         ids_keep: Tensor | None = None,
+        ids_read: Tensor | None = None,
     ) -> list[Features]:
-        """Return the outputs of the blocks named by `indices` (negative: from the end), normed if asked."""
+        """Return the outputs of the blocks named by `indices` (negative: from the end), normed if asked.
+
+        Of the encoder's last block only patches `ids_read` (B, M), if they are given.
+        """
         wanted = [i % self.depth for i in indices]
         x = self._embed(images, mask, mask_token, ids_keep)  # (B, R + N, D)
+        rows = rows_of(ids_read, self.num_prefix)
         outputs = {}
         for i, block in enumerate(self.vit.blocks[: max(wanted) + 1]):
-            x = block(x)
+            x = block(x) if i < self.depth - 1 else block(x, rows=rows)
             if i in wanted:
                 y = self.vit.norm(x) if norm else x
                 outputs[i] = Features(y[:, : self.num_prefix], y[:, self.num_prefix :])
