@@ -138,7 +138,7 @@ class BEiT(nn.Module):
         rows = rows_of(ids_read, 1)
         outputs = {}
         for i, block in enumerate(self.vit.blocks[: max(wanted) + 1]):
-            read = {} if i < self.depth - 1 else {"rows": rows}
+            read = {"rows": rows} if rows is not None and i == self.depth - 1 else {}
             x = block(x, shared_rel_pos_bias=as_scores(bias), **read)
             if i in wanted:
                 y = self.vit.norm(x) if norm else x

@@ -125,7 +125,7 @@ class EVA(nn.Module):
         rows = rows_of(ids_read, self.num_prefix)
         outputs = {}
         for i, block in enumerate(self.vit.blocks[: max(wanted) + 1]):
-            read = {} if i < self.depth - 1 else {"rows": rows}
+            read = {"rows": rows} if rows is not None and i == self.depth - 1 else {}
             x = block(x, rope=_table(rotary, i, self.vit.rope_mixed), **read)
             if i in wanted:
                 y = self.vit.norm(x) if norm else x

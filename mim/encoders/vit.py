@@ -150,7 +150,7 @@ class ViT(nn.Module):
         rows = rows_of(ids_read, self.num_prefix)
         outputs = {}
         for i, block in enumerate(self.vit.blocks[: max(wanted) + 1]):
-            x = block(x) if i < self.depth - 1 else block(x, rows=rows)
+            x = block(x, rows=rows) if rows is not None and i == self.depth - 1 else block(x)
             if i in wanted:
                 y = self.vit.norm(x) if norm else x
                 outputs[i] = Features(y[:, : self.num_prefix], y[:, self.num_prefix :])
