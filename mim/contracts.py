@@ -68,7 +68,11 @@ class Features(NamedTuple):
 
 
 class Encoder(Protocol):
-    """A backbone that may replace patches by a mask token (`mask`) or drop them (`ids_keep`); at most one is given."""
+    """A backbone that may replace patches by a mask token (`mask`) or drop them (`ids_keep`); at most one is given.
+
+    With `ids_read` (B, M) the last block's features are those of these patches alone, (B, M, D): what a head over
+    masked patches reads.
+    """
 
     width: int
     depth: int
@@ -88,6 +92,7 @@ class Encoder(Protocol):
         mask: Tensor | None = None,
         mask_token: Tensor | None = None,
         ids_keep: Tensor | None = None,
+        ids_read: Tensor | None = None,
     ) -> Features: ...
 
     def layers(
@@ -99,6 +104,7 @@ class Encoder(Protocol):
         mask: Tensor | None = None,
         mask_token: Tensor | None = None,
         ids_keep: Tensor | None = None,
+        ids_read: Tensor | None = None,
     ) -> list[Features]: ...
 
     def more_blocks(self, num: int, start: int) -> nn.Module:

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import nn
 
-from mim import optim, sharding
+from mim import allocator, attention, optim, sharding
 from mim.blocks import blocks, compile_each, lacking, recompute
 from mim.config import ConfigError
 from mim.job import Config, Machine
@@ -98,6 +98,9 @@ def wrap(accelerator: Accelerator, objective: nn.Module, cfg: Config) -> Wrapped
     machine, sharded = cfg.train, is_sharded(accelerator, cfg.train)
     objective.to(accelerator.device)
     whole = sharding.twin(objective) if sharded else None
+    if accelerator.device.type == "cpu":
+        allocator.keep_freed_memory()
+    attention.unfuse(objective, accelerator.device, machine.precision)
     how: list[str] = []
     how += compiled(objective, machine.compile, accelerator.device)
     if machine.activation_checkpointing:  # around what is compiled

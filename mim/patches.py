@@ -7,7 +7,8 @@ prediction heads can be exchanged with the published ones.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
@@ -18,6 +19,15 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     h, w = height // patch_size, width // patch_size
     x = images.reshape(b, c, h, patch_size, w, patch_size)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(b, h * w, -1)  # (B, N, P)
+
+
+def embed(patches: Tensor, convolution: nn.Conv2d) -> Tensor:
+    """What a convolution whose kernel is its stride makes of patches (B, K, P), by one matrix product: (B, K, D).
+
+    The values are the convolution's up to rounding; patches that are left out cost nothing.
+    """
+    weight = convolution.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P) in the order of `patchify`
+    return F.linear(patches, weight, convolution.bias)
 
 
 def unpatchify(patches: Tensor, grid: tuple[int, int], channels: int) -> Tensor:

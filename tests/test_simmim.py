@@ -10,7 +10,7 @@ from mim.build import IMAGENET_MEAN, IMAGENET_STD
 from mim.contracts import Features
 from mim.encoders import vit
 from mim.objectives import simmim
-from mim.patches import patchify, unpatchify
+from mim.patches import gather, mask_to_ids, patchify, unpatchify
 
 SIZE, N, MASKED = (32, 32), 16, 10
 PROGRESS = torch.tensor(0.0)
@@ -121,7 +121,8 @@ def test_visible_pixels_are_no_targets_and_masked_ones_are():
     """Features are held fixed, so that pixels act only as targets."""
     objective, batch = an_objective(), a_batch()
     features = objective.encoder(batch["images"], mask=batch["mask"], mask_token=objective.mask_token)
-    objective.encoder.forward = lambda images, **_: features
+    masked = features._replace(patches=gather(features.patches, mask_to_ids(batch["mask"], batch["num_masked"])[1]))
+    objective.encoder.forward = lambda images, **_: masked
     before = objective(batch, PROGRESS)["loss"]
     visible = {**batch, "images": repainted(batch["images"], ~batch["mask"])}
     hidden = {**batch, "images": repainted(batch["images"], batch["mask"])}

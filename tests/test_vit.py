@@ -124,7 +124,7 @@ def test_every_kept_patch_is_seen(images, mask):
 def test_keeping_all_patches_changes_nothing_and_their_order_is_kept(encoder, images):
     everything = torch.arange(N).expand(2, -1)
     whole = encoder(images)
-    assert torch.equal(encoder(images, ids_keep=everything).patches, whole.patches)
+    assert torch.allclose(encoder(images, ids_keep=everything).patches, whole.patches, atol=1e-6)
     reverse = encoder(images, ids_keep=everything.flip(1))
     assert torch.allclose(gather(reverse.patches, everything.flip(1)), whole.patches, atol=1e-5)
 
@@ -141,6 +141,26 @@ def test_kept_patches_keep_their_own_positions(images):
     offsets = embedded - embedded[:, :1]
     table = sincos_positions((4, 6), 32)
     assert torch.allclose(offsets, table[ids_keep] - table[ids_keep[:, :1]], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_registers": 2, "positions": "sincos"}, {"model": "vit_base_patch16_clip_224", "num_heads": 4}],
+    ids=["learned positions", "registers, fixed positions", "norms before the blocks"],
+)
+def test_patches_embedded_alone_are_those_of_timm_s_stem_and_so_are_their_gradients(options, images, mask):
+    encoder = shaken(an_encoder(**options))
+    ids_keep, _, _ = mask_to_ids(mask, 9)
+    found = []
+    for alone in (True, False):  # without, timm embeds all patches and some are dropped
+        encoder.stem_is_linear = alone
+        encoder.zero_grad()
+        tokens = encoder._embed(images, None, None, ids_keep)
+        tokens.pow(3).sum().backward()
+        found.append([tokens.detach(), *(p.grad for p in encoder.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1]) > 3
+    for ours, timm_s in zip(*found, strict=True):
+        assert (ours - timm_s).norm() <= 1e-6 * timm_s.norm()
 
 
 # ---- replacing -----------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mim import backbone
 from mim.contracts import Features
+from mim.last_block import let_read, rows_of
 from mim.patches import grid_of, replace
 
 POSITIONS = {
@@ -61,6 +62,16 @@ def create(cfg: Config, *, image_size: tuple[int, int], channels: int, depth: in
     return backbone.create(Beit, cfg, options, image_size=image_size, channels=channels, depth=depth)
 
 
+def as_scores(bias: Tensor | None) -> Tensor | None:
+    """A position bias in the precision that autocast gives the scores it is added to, which so stay in it.
+
+    A block casts for itself: so the gradients of the blocks add up in the precision of the table.
+    """
+    if bias is None or not torch.is_autocast_enabled(bias.device.type):
+        return bias
+    return bias.to(torch.get_autocast_dtype(bias.device.type))
+
+
 class BEiT(nn.Module):
     """timm's Beit as an `Encoder` of images of one size. It carries its own pixel mean and std."""
 
@@ -76,6 +87,7 @@ class BEiT(nn.Module):
         self.channels = channels
         self.width = vit.embed_dim
         self.depth = len(vit.blocks)
+        let_read(vit.blocks[-1])
         self.patch_size = vit.patch_embed.patch_size[0]
         self.grid(image_size)
         backbone.keep_statistics(self, cfg.mean, cfg.std, channels)
@@ -95,9 +107,12 @@ class BEiT(nn.Module):
         mask: Tensor | None = None,
         mask_token: Tensor | None = None,
         ids_keep: Tensor | None = None,
+        ids_read: Tensor | None = None,
     ) -> Features:
         """Encode images (B, C, H, W); `mask` (B, N) with `mask_token` (1, 1, D) replaces; `ids_keep` is refused."""
-        (features,) = self.layers(images, [-1], norm=True, mask=mask, mask_token=mask_token, ids_keep=ids_keep)
+        (features,) = self.layers(
+            images, [-1], norm=True, mask=mask, mask_token=mask_token, ids_keep=ids_keep, ids_read=ids_read
+        )
         return features
 
     def layers(
@@ -109,16 +124,22 @@ class BEiT(nn.Module):
         mask: Tensor | None = None,
         mask_token: Tensor | None = None,
         ids_keep: Tensor | None = None,
+        ids_read: Tensor | None = None,
     ) -> list[Features]:
-        """Return the outputs of the blocks named by `indices` (negative: from the end), normed if asked."""
+        """Return the outputs of the blocks named by `indices` (negative: from the end), normed if asked.
+
+        Of the encoder's last block only patches `ids_read` (B, M), if they are given.
+        """
         if ids_keep is not None:
             raise ValueError("encoder.name=beit cannot drop patches: its position bias covers the whole grid; use vit")
         wanted = [i % self.depth for i in indices]
         x = self._embed(images, mask, mask_token)  # (B, 1 + N, D)
         bias = self.position_bias()
+        rows = rows_of(ids_read, 1)
         outputs = {}
         for i, block in enumerate(self.vit.blocks[: max(wanted) + 1]):
-            x = block(x, shared_rel_pos_bias=bias)
+            read = {"rows": rows} if rows is not None and i == self.depth - 1 else {}
+            x = block(x, shared_rel_pos_bias=as_scores(bias), **read)
             if i in wanted:
                 y = self.vit.norm(x) if norm else x
                 outputs[i] = Features(y[:, :1], y[:, 1:])
@@ -178,5 +199,5 @@ class MoreBlocks(nn.Module):
         x = torch.cat(features, dim=1)  # (B, 1 + N, D)
         bias = self.position_bias()
         for block in self.blocks:
-            x = block(x, shared_rel_pos_bias=bias)
+            x = block(x, shared_rel_pos_bias=as_scores(bias))
         return Features(x[:, :1], x[:, 1:])

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from mim.backbone import check, keep_statistics
 from mim.contracts import Features
-from mim.patches import blank, grid_of, replace
+from mim.patches import blank, gather, grid_of, replace
 from mim.survey import Refused, Stem, Survey, as_tokens, final_norm, survey
 
 RESERVED = {"cfg", "img_size", "in_chans", "num_classes", "drop_path_rate", "device", "dtype", "kwargs"}
@@ -135,9 +135,13 @@ class Dense(nn.Module):
         mask: Tensor | None = None,
         mask_token: Tensor | None = None,
         ids_keep: Tensor | None = None,
+        ids_read: Tensor | None = None,
     ) -> Features:
         """Encode images (B, C, H, W); `mask` (B, N) blanks pixels and replaces tokens by `mask_token` (1, 1, D)."""
-        return self.layers(images, [-1], norm=True, mask=mask, mask_token=mask_token, ids_keep=ids_keep)[0]
+        (features,) = self.layers(
+            images, [-1], norm=True, mask=mask, mask_token=mask_token, ids_keep=ids_keep, ids_read=ids_read
+        )
+        return features
 
     def layers(
         self,
@@ -148,11 +152,12 @@ class Dense(nn.Module):
         mask: Tensor | None = None,
         mask_token: Tensor | None = None,
         ids_keep: Tensor | None = None,
+        ids_read: Tensor | None = None,
     ) -> list[Features]:
         """Return the outputs of the blocks named by `indices` (negative: from the end), normed if asked.
 
         The model gives those that end a stage, each with the grid and width of its stage; the final norm is applied
-        where the width is that of the output.
+        where the width is that of the output. Of the last map only patches `ids_read` (B, M), if they are given.
         """
         assert ids_keep is None, "a dense model cannot drop patches"
         wanted = [i % self.depth for i in indices]
@@ -163,6 +168,8 @@ class Dense(nn.Module):
                 f"blocks that have: {', '.join(map(str, sorted(maps)))}"
             )
         found = self._read(images, sorted({maps[i] for i in wanted}), mask, mask_token)
+        if ids_read is not None and (end := maps[self.depth - 1]) in found:
+            found[end] = found[end]._replace(patches=gather(found[end].patches, ids_read))
         features = [found[maps[i]] for i in wanted]
         if not norm:
             return features

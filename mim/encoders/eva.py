@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from mim import backbone
 from mim.contracts import Features
-from mim.patches import gather, grid_of, replace
+from mim.last_block import let_read, rows_of
+from mim.patches import embed, gather, grid_of, patchify, replace
 
 
 @dataclass
@@ -75,6 +76,7 @@ class EVA(nn.Module):
         self.channels = channels
         self.width = vit.embed_dim
         self.depth = len(vit.blocks)
+        let_read(vit.blocks[-1])
         self.patch_size = vit.patch_embed.patch_size[0]
         self.num_prefix = vit.num_prefix_tokens
         self.grid(image_size)
@@ -95,9 +97,12 @@ class EVA(nn.Module):
         mask: Tensor | None = None,
         mask_token: Tensor | None = None,
         ids_keep: Tensor | None = None,
+        ids_read: Tensor | None = None,
     ) -> Features:
         """Encode images (B, C, H, W); `mask` (B, N) with `mask_token` (1, 1, D) replaces, `ids_keep` (B, K) drops."""
-        (features,) = self.layers(images, [-1], norm=True, mask=mask, mask_token=mask_token, ids_keep=ids_keep)
+        (features,) = self.layers(
+            images, [-1], norm=True, mask=mask, mask_token=mask_token, ids_keep=ids_keep, ids_read=ids_read
+        )
         return features
 
     def layers(
@@ -109,13 +114,19 @@ class EVA(nn.Module):
         mask: Tensor | None = None,
         mask_token: Tensor | None = None,
         ids_keep: Tensor | None = None,
+        ids_read: Tensor | None = None,
     ) -> list[Features]:
-        """Return the outputs of the blocks named by `indices` (negative: from the end), normed if asked."""
+        """Return the outputs of the blocks named by `indices` (negative: from the end), normed if asked.
+
+        Of the encoder's last block only patches `ids_read` (B, M), if they are given.
+        """
         wanted = [i % self.depth for i in indices]
         x, rotary = self._embed(images, mask, mask_token, ids_keep)
+        rows = rows_of(ids_read, self.num_prefix)
         outputs = {}
         for i, block in enumerate(self.vit.blocks[: max(wanted) + 1]):
-            x = block(x, rope=_table(rotary, i, self.vit.rope_mixed))
+            read = {"rows": rows} if rows is not None and i == self.depth - 1 else {}
+            x = block(x, rope=_table(rotary, i, self.vit.rope_mixed), **read)
             if i in wanted:
                 y = self.vit.norm(x) if norm else x
                 outputs[i] = Features(y[:, : self.num_prefix], y[:, self.num_prefix :])
@@ -156,17 +167,28 @@ class EVA(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Patches with prefix, as timm embeds them, some replaced or dropped, and their rotary table."""
         assert mask is None or ids_keep is None, "replace or drop, not both"
-        x = self.vit.patch_embed(self.normalize(images))  # (B, h, w, D)
-        if mask is not None:
-            x = replace(x, mask, mask_token)
-        x, rotary = self.vit._pos_embed(x)  # (B, R + N, D), and what `rotary` returns
+        pixels = self.normalize(images)
         if ids_keep is not None:
-            prefix, patches = x[:, : self.num_prefix], x[:, self.num_prefix :]
-            x = torch.cat([prefix, gather(patches, ids_keep)], dim=1)  # (B, R + K, D)
-            if rotary is not None:
-                rotary = apply_keep_indices_nlc(x, rotary, ids_keep)  # (B, K, 2 D / heads) or (B, depth, heads, K, ..)
-                rotary = rotary.transpose(0, 1) if self.vit.rope_mixed else rotary.unsqueeze(1)  # beside heads
+            x, rotary = self._embed_kept(pixels, ids_keep)
+        else:
+            x = self.vit.patch_embed(pixels)  # (B, h, w, D)
+            if mask is not None:
+                x = replace(x, mask, mask_token)
+            x, rotary = self.vit._pos_embed(x)  # (B, R + N, D), and what `rotary` returns
         return self.vit.norm_pre(x), rotary
+
+    def _embed_kept(self, pixels: Tensor, ids_keep: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Embed the kept patches alone (B, K), with positions and prefix: (B, R + K, D), and their rotary table."""
+        stem = self.vit.patch_embed
+        kept = stem.norm(embed(gather(patchify(pixels, self.patch_size), ids_keep), stem.proj))  # (B, K, D)
+        h, w = self.grid((pixels.shape[2], pixels.shape[3]))
+        table, rotary = self.vit._pos_embed(self.mean.new_zeros(1, h, w, self.width))  # (1, R + N, D): what timm adds
+        prefix, positions = table.expand(len(kept), -1, -1).split([self.num_prefix, h * w], dim=1)
+        x = torch.cat([prefix, kept + gather(positions, ids_keep)], dim=1)  # (B, R + K, D)
+        if rotary is not None:
+            rotary = apply_keep_indices_nlc(x, rotary, ids_keep)  # (B, K, 2 D / heads) or (B, depth, heads, K, ..)
+            rotary = rotary.transpose(0, 1) if self.vit.rope_mixed else rotary.unsqueeze(1)  # beside heads
+        return x, rotary
 
 
 class MoreBlocks(nn.Module):

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import Attention, HybridEmbed
+from timm.layers import Attention, HybridEmbed, PatchEmbed
 from timm.models import is_model_in_modules
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from mim import backbone
 from mim.contracts import Features
 from mim.initialization import tie_keys_to_queries
-from mim.patches import blank, gather, grid_of, ids_to_mask, replace, sincos_positions
+from mim.last_block import let_read, rows_of
+from mim.patches import blank, embed, gather, grid_of, ids_to_mask, patchify, replace, sincos_positions
 
 TIMM_INITS = ("jax", "moco")
 
@@ -97,9 +98,11 @@ class ViT(nn.Module):
         self.channels = channels
         self.width = vit.embed_dim
         self.depth = len(vit.blocks)
+        let_read(vit.blocks[-1])
         self.patch_size = _stride(vit.patch_embed, image_size)
         self.num_prefix = vit.num_prefix_tokens
         self.stem_overlaps = isinstance(vit.patch_embed, HybridEmbed)
+        self.stem_is_linear = type(vit.patch_embed) is PatchEmbed  # one product per patch
         backbone.keep_statistics(self, cfg.mean, cfg.std, channels)
         if cfg.positions == "sincos":
             self._fix_positions()
@@ -119,9 +122,12 @@ class ViT(nn.Module):
         mask: Tensor | None = None,
         mask_token: Tensor | None = None,
         ids_keep: Tensor | None = None,
+        ids_read: Tensor | None = None,
     ) -> Features:
         """Encode images (B, C, H, W); `mask` (B, N) with `mask_token` (1, 1, D) replaces, `ids_keep` (B, K) drops."""
-        (features,) = self.layers(images, [-1], norm=True, mask=mask, mask_token=mask_token, ids_keep=ids_keep)
+        (features,) = self.layers(
+            images, [-1], norm=True, mask=mask, mask_token=mask_token, ids_keep=ids_keep, ids_read=ids_read
+        )
         return features
 
     def layers(
@@ -133,13 +139,18 @@ class ViT(nn.Module):
         mask: Tensor | None = None,
         mask_token: Tensor | None = None,
         ids_keep: Tensor | None = None,
+        ids_read: Tensor | None = None,
     ) -> list[Features]:
-        """Return the outputs of the blocks named by `indices` (negative: from the end), normed if asked."""
+        """Return the outputs of the blocks named by `indices` (negative: from the end), normed if asked.
+
+        Of the encoder's last block only patches `ids_read` (B, M), if they are given.
+        """
         wanted = [i % self.depth for i in indices]
         x = self._embed(images, mask, mask_token, ids_keep)  # (B, R + N, D)
+        rows = rows_of(ids_read, self.num_prefix)
         outputs = {}
         for i, block in enumerate(self.vit.blocks[: max(wanted) + 1]):
-            x = block(x)
+            x = block(x, rows=rows) if rows is not None and i == self.depth - 1 else block(x)
             if i in wanted:
                 y = self.vit.norm(x) if norm else x
                 outputs[i] = Features(y[:, : self.num_prefix], y[:, self.num_prefix :])
@@ -175,6 +186,8 @@ class ViT(nn.Module):
                 pixels = blank(pixels, mask, grid)
             elif ids_keep is not None:
                 pixels = blank(pixels, ids_to_mask(ids_keep, grid[0] * grid[1]), grid)
+        if ids_keep is not None and self.stem_is_linear:
+            return self.vit.norm_pre(self._embed_kept(pixels, ids_keep))
         x = self.vit.patch_embed(pixels)  # (B, h, w, D)
         if mask is not None:
             x = replace(x, mask, mask_token)  # before positions, so masked tokens keep theirs
@@ -183,6 +196,15 @@ class ViT(nn.Module):
             prefix, patches = x[:, : self.num_prefix], x[:, self.num_prefix :]
             x = torch.cat([prefix, gather(patches, ids_keep)], dim=1)  # (B, R + K, D)
         return self.vit.norm_pre(x)
+
+    def _embed_kept(self, pixels: Tensor, ids_keep: Tensor) -> Tensor:
+        """Embed the kept patches alone (B, K), with positions and prefix: (B, R + K, D)."""
+        stem = self.vit.patch_embed
+        kept = stem.norm(embed(gather(patchify(pixels, self.patch_size), ids_keep), stem.proj))  # (B, K, D)
+        h, w = self.grid((pixels.shape[2], pixels.shape[3]))
+        table = self.vit._pos_embed(self.mean.new_zeros(1, h, w, self.width))  # (1, R + N, D): what timm adds
+        prefix, positions = table.expand(len(kept), -1, -1).split([self.num_prefix, h * w], dim=1)
+        return torch.cat([prefix, kept + gather(positions, ids_keep)], dim=1)  # (B, R + K, D)
 
     def _fix_positions(self) -> None:
         """Store sine-cosine positions in timm's own `pos_embed`, frozen; the prefix gets zeros."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mim.code_loss import code_loss
 from mim.contracts import Batch, Encoder
-from mim.patches import gather, mask_to_ids
+from mim.patches import mask_to_ids
 
 
 @dataclass
@@ -50,8 +50,10 @@ class BEiT(nn.Module):
     def forward(self, batch: Batch, progress: Tensor) -> dict[str, Tensor]:
         """Return loss (B,) and accuracy (B,) of the predicted codes on masked positions."""
         _, ids_mask, _ = mask_to_ids(batch["mask"], batch["num_masked"])
-        features = self.encoder(batch["images"], mask=batch["mask"], mask_token=self.mask_token)
-        logits = self.head(gather(features.patches, ids_mask))  # (B, M, num_codes)
+        features = self.encoder(
+            batch["images"], mask=batch["mask"], mask_token=self.mask_token, ids_read=ids_mask
+        )  # of masked patches
+        logits = self.head(features.patches)  # (B, M, num_codes)
         loss, accuracy = code_loss(logits, batch["codes"].gather(1, ids_mask))
         return {"loss": loss, "accuracy": accuracy}
 

@@ -69,13 +69,15 @@ class BEiT2(nn.Module):
         images, mask = batch["images"], batch["mask"]
         _, ids_mask, _ = mask_to_ids(mask, batch["num_masked"])
         codes = batch["codes"].gather(1, ids_mask)  # (B, M)
-        early, last = self.encoder.layers(images, [self.early_layer - 1, -1], mask=mask, mask_token=self.mask_token)
+        early, last = self.encoder.layers(
+            images, [self.early_layer - 1, -1], mask=mask, mask_token=self.mask_token, ids_read=ids_mask
+        )  # of the last block, masked patches alone
         if not last.prefix.shape[1]:
             raise ValueError(
                 "objective.name=beit2 predicts through the class token, but this encoder has none; use beit"
             )
         extra = self.extra_blocks(Features(last.prefix, early.patches), self.encoder.grid(images.shape[-2:]))
-        loss, accuracy = code_loss(self.predict(gather(last.patches, ids_mask)), codes)
+        loss, accuracy = code_loss(self.predict(last.patches), codes)
         class_loss, class_accuracy = code_loss(self.predict(gather(extra.patches, ids_mask)), codes)
         return {"loss": loss + class_loss, "accuracy": accuracy, "class_accuracy": class_accuracy}
 

@@ -96,7 +96,7 @@ class MAE(nn.Module):
         features = self.encoder(images, ids_keep=ids_keep)
         tokens = self.decode(features, ids_keep, ids_mask, self.encoder.grid(images.shape[-2:]))  # (B, K + M, D')
         pred = self.decoder_pred(tokens[:, ids_keep.shape[1] :]).float()  # (B, M, P)
-        target = gather(self.target(images)[0], ids_mask)  # (B, M, P)
+        target, _, _ = self.target(images, ids_mask)  # (B, M, P)
         return {"loss": (pred - target).square().mean(dim=(1, 2))}  # (B,)
 
     def choose(self, ids_mask: Tensor, noise: Tensor) -> Tensor:
@@ -111,16 +111,21 @@ class MAE(nn.Module):
         prefix, visible = self.decoder_embed(features.prefix), self.decoder_embed(features.patches)
         b, num_masked = ids_mask.shape
         masked = self.mask_token.to(visible.dtype).expand(b, num_masked, -1)
-        positions = self.positions(grid, visible.device)[torch.cat([ids_keep, ids_mask], dim=1)]  # (B, K + M, D')
-        patches = torch.cat([visible, masked], dim=1) + positions.to(visible.dtype)
+        positions = self.positions(grid, visible.device).to(visible.dtype)  # (N, D')
+        patches = torch.cat([visible, masked], dim=1) + positions[torch.cat([ids_keep, ids_mask], dim=1)]
         x = torch.cat([prefix, patches], dim=1)  # (B, R + K + M, D'); prefix positions are zero
         for block in self.decoder_blocks:
             x = block(x)
         return self.decoder_norm(x)[:, prefix.shape[1] :]
 
-    def target(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the target patches (B, N, P) with the mean and standard deviation (B, N, 1) that undo them."""
+    def target(self, images: Tensor, ids: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the target patches (B, N, P) with the mean and standard deviation (B, N, 1) that undo them.
+
+        Those named by `ids` (B, M) alone, if they are given: (B, M, P).
+        """
         patches = patchify(self.encoder.normalize(images), self.encoder.patch_size).float()
+        if ids is not None:
+            patches = gather(patches, ids)
         if not self.cfg.norm_pix_loss:
             return patches, patches.new_zeros(()), patches.new_ones(())
         mean = patches.mean(dim=-1, keepdim=True)

@@ -72,8 +72,8 @@ class MaskedPatchPrediction(nn.Module):
         replaced, swapped = self.shares(ids_mask, batch["noise"])
         corrupted = self.swap(images, swapped, batch["noise"])
         mask = torch.zeros_like(batch["mask"]).scatter_(1, replaced, True)  # (B, N)
-        features = self.encoder(corrupted, mask=mask, mask_token=self.mask_token)
-        logits = self.head(gather(features.patches, ids_mask))  # (B, M, 8**C)
+        features = self.encoder(corrupted, mask=mask, mask_token=self.mask_token, ids_read=ids_mask)
+        logits = self.head(features.patches)  # (B, M, 8**C)
         loss, accuracy = code_loss(logits, self.colours(images).gather(1, ids_mask))
         return {"loss": loss, "accuracy": accuracy}
 

@@ -49,8 +49,8 @@ class SimMIM(nn.Module):
         """Return loss (B,)."""
         images = batch["images"]
         _, ids_mask, _ = mask_to_ids(batch["mask"], batch["num_masked"])
-        features = self.encoder(images, mask=batch["mask"], mask_token=self.mask_token)
-        pred = self.head(gather(features.patches, ids_mask)).float()  # (B, M, P)
+        features = self.encoder(images, mask=batch["mask"], mask_token=self.mask_token, ids_read=ids_mask)
+        pred = self.head(features.patches).float()  # (B, M, P)
         target = gather(self.target(images), ids_mask)  # (B, M, P)
         return {"loss": (pred - target).abs().mean(dim=(1, 2))}  # (B,)
 
