@@ -18,7 +18,7 @@ LEVELS = [
         "mim.interruption",
         "mim.interventions",
     },
-    {"mim.blocks"},
+    {"mim.blocks", "mim.advice"},
     {"mim.contracts", "mim.config", "mim.log", "mim.backbone", "mim.survey", "mim.batch_norm", "mim.save_stages"}
     | {"mim.agreement", "mim.requeue"},
     {"mim.segmentation_heads", "mim.meeting"},
