@@ -14,11 +14,12 @@ LEVELS = [
         "mim.schedules",
         "mim.initialization",
         "mim.code_loss",
+        "mim.feature_statistics",
         "mim.logistic",
         "mim.interruption",
         "mim.interventions",
     },
-    {"mim.blocks", "mim.advice"},
+    {"mim.blocks", "mim.advice", "mim.baselines"},
     {"mim.contracts", "mim.config", "mim.log", "mim.backbone", "mim.survey", "mim.batch_norm", "mim.save_stages"}
     | {"mim.agreement", "mim.requeue"},
     {"mim.segmentation_heads", "mim.meeting"},
