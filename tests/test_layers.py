@@ -23,7 +23,7 @@ LEVELS = [
     {"mim.contracts", "mim.config", "mim.log", "mim.backbone", "mim.survey", "mim.batch_norm", "mim.save_stages"}
     | {"mim.agreement", "mim.requeue"},
     {"mim.segmentation_heads", "mim.meeting", "mim.attention_maps"},
-    {"mim.data", "mim.encoders", "mim.optim"},
+    {"mim.data", "mim.encoders", "mim.optim", "mim.activity"},
     {"mim.objectives", "mim.ranks", "mim.tracker_kinds"},
     {"mim.snapshot", "mim.lease", "mim.trackers", "mim.guard"},
     {"mim.checkpoint"},

@@ -1,9 +1,9 @@
 """Health without labels: is something learned, and is the representation alive. docs/health.md explains each number.
 
 Everything is taken on held-out images whose views, masks and draws are named by the sample, so the numbers of two
-steps, and of two runs on the same images, can be compared. Ranks share the images as a bank does (mim/bank.py), per-image
-numbers are summed by `math.fsum`, which rounds once, and the rest is counted in integers: the numbers of many processes
-are those of one, bit for bit.
+steps, and of two runs on the same images, can be compared. Ranks share the images as a bank does (mim/bank.py), the
+numbers of images are summed by `math.fsum`, which rounds once, and the rest is counted in integers: the numbers of many
+processes are those of one, bit for bit.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def say_once(message: str) -> None:
     say(message)
 
 
-# ---- what is predicted, and what would be without learning -------------------------------------------------------------
+# ---- what is predicted, and what would be without learning -----------------------------------------------------------
 
 
 @torch.no_grad()
@@ -151,7 +151,7 @@ def mean_over_ranks(told: dict[str, list[float]], device: torch.device) -> dict[
     return {name: math.fsum(values) / len(values) for name, values in columns.items()}
 
 
-# ---- the representation ------------------------------------------------------------------------------------------------
+# ---- the representation ----------------------------------------------------------------------------------------------
 
 
 def representation(loaded: LoadedRun, cfg: Config, dataset: AnyDataset) -> NamedValues:
@@ -246,9 +246,7 @@ def attention(loaded: LoadedRun, cfg: Config, dataset: AnyDataset) -> NamedValue
     yield "heads_collapsed", float((heads[:, 0] < COLLAPSED).sum())
 
 
-def columns(
-    loaded: LoadedRun, dataset: AnyDataset, embed: Any, limit: int, batch_size: int
-) -> dict[str, Tensor]:
+def columns(loaded: LoadedRun, dataset: AnyDataset, embed: Any, limit: int, batch_size: int) -> dict[str, Tensor]:
     """What `embed` makes of the images, row by row on every rank, on the CPU."""
     device = next(loaded.encoder.parameters()).device
     return extract(dataset, loaded.views, embed, device=device, batch_size=batch_size, limit=limit).columns
