@@ -243,8 +243,10 @@ def course(curves: Curves, name: str, curve: Curve, scale: float, unit: str) -> 
 
 
 def _is_flat(gains: Curve, learned: float) -> bool:
-    found = of(gains)
-    return not found.rises(SURE) or found.change < 0.02 * learned
+    """Whether the rest of a curve is no better than its first points, by more than noise."""
+    first, rest = gains.values[: ENOUGH // 2], gains.values[ENOUGH // 2 :]
+    uncertain = SURE * noise(gains) * math.sqrt(1 / len(first) + 1 / len(rest))
+    return statistics.median(rest) - statistics.median(first) < max(0.02 * learned, uncertain)
 
 
 def of(curve: Curve) -> Trend:

@@ -59,7 +59,10 @@ FAULTY = {
     "divergence": {"loss": lambda t: 0.4 + 0.5 / (1 + 40 * t) + (2 * (t - 0.7) if t > 0.7 else 0)},
     "collapse": {"val": {"rankme": lambda t: rank(t) if t < 0.6 else max(180 * (1 - 4 * (t - 0.6)), 9)}},
     "data_bound": {"data_wait": lambda t, rng: 0.35 + 0.05 * rng.standard_normal()},
-    "overfitting": {"val": {"val_loss": lambda t: healthy_val(t) + (0.3 * (t - 0.4) if t > 0.4 else 0)}},
+    "overfitting": {
+        "val": {"val_loss": lambda t: healthy_val(t) + (0.3 * (t - 0.4) if t > 0.4 else 0)},
+        "loss": lambda t: 0.4 + 0.5 / (1 + 40 * t) - 0.1 * t,
+    },
     "no_skill": {"val": {"skill": lambda t: 0.005}},
     "dead_neurons": {"val": {"dead_neurons": lambda t: min(t, 0.6)}},
 }
