@@ -226,13 +226,10 @@ def course(curves: Curves, name: str, curve: Curve, scale: float, unit: str) -> 
     recent = of(gains.part(len(gains) // 2))
     learned = max(scale * value for value in curve.values) - scale * curve.values[0]
     if recent.rises(SURE) and recent.change > 0.02 * learned:
-        per_day = curves.steps_per_day
-        if per_day is None:
-            rate = f"{1000 * recent.slope:+.2g} +- {2000 * recent.error:.1g} {unit} per 1000 steps"
-        else:
-            rate = f"{per_day * recent.slope:+.2g} +- {2 * per_day * recent.error:.1g} {unit} per further day"
-        sign = "" if scale > 0 else " (downwards)"
-        return Advice("still_gaining", "good", f"still gaining: about {rate}{sign} at this rate")
+        steps, per = further(curves.steps_per_day, recent.span)
+        moves = math.copysign(steps, scale) * recent.slope  # of the number as it is told: a loss goes down
+        rate = f"{moves:+.2g} +- {2 * steps * recent.error:.1g} {unit} per {per}"
+        return Advice("still_gaining", "good", f"still gaining: about {rate} at this rate")
     if recent.change + 2 * recent.change_error > 0.1 * learned:
         return None
     starts = range(0, len(gains) - ENOUGH + 1, -(-len(gains) // STARTS))
@@ -240,6 +237,14 @@ def course(curves: Curves, name: str, curve: Curve, scale: float, unit: str) -> 
     bound = max(recent.change + 2 * recent.change_error, 0.0)
     text = f"plateau: {name} gains nothing that stands out since step {gains.steps[start]}"
     return Advice("plateau", "note", f"{text} (at most {bound:.2g} over the last {recent.span:.0f} steps)")
+
+
+def further(steps_per_day: float | None, span: float) -> tuple[float, str]:
+    """The unit that a gain is told in, in steps and by name: no more than four times what was looked at."""
+    for share, name in ((1.0, "further day"), (1 / 24, "further hour")):
+        if steps_per_day is not None and 4 * span >= share * steps_per_day:
+            return share * steps_per_day, name
+    return 1000.0, "1000 steps"
 
 
 def _is_flat(gains: Curve, learned: float) -> bool:

@@ -1,5 +1,6 @@
 """Advice names the fault that a curve was given, whatever the noise, and finds none in a curve that has none."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -131,12 +132,17 @@ def test_a_plateau_under_a_falling_rate_is_no_reason_to_stop_and_under_a_constan
     assert "stop here" in rules(lines, constant)["stop"].text
 
 
-def test_the_gain_of_a_further_day_is_that_of_the_slope():
-    """kNN rises by 0.1 in 10,000 steps; at 1000 images/s a day has 337,500 steps of 256."""
-    text = rules(log(0, 0.002, knn=lambda t: 0.3 + 0.1 * t))["still_gaining"].text
-    told = [a.text for a in advise(log(0, 0.002, knn=lambda t: 0.3 + 0.1 * t), RECIPE) if "knn points" in a.text]
-    assert told, text
-    assert float(told[0].split("about ")[1].split()[0]) == pytest.approx(337.5, rel=0.1)
+@pytest.mark.parametrize(
+    ("speed", "gain", "unit"),
+    [(20, 6.75, "knn points per further day"), (1000, 14.06, "knn points per further hour"),
+     (100000, 1.0, "knn points per 1000 steps")],
+)  # fmt: skip
+def test_a_gain_is_told_in_a_unit_of_time_that_the_run_has_seen(speed, gain, unit):
+    """kNN rises by 10 points in 10,000 steps of 256 images."""
+    lines = log(0, 0.002, knn=lambda t: 0.3 + 0.1 * t, images_per_s=speed)
+    (told,) = [advice.text for advice in advise(lines, RECIPE) if "knn points" in advice.text]
+    assert unit in told
+    assert float(told.split("about ")[1].split()[0]) == pytest.approx(gain, rel=0.1)
 
 
 def test_a_loss_that_is_no_number_is_divergence_at_its_step():
@@ -161,3 +167,30 @@ def test_the_worst_comes_first():
     order = [SEVERITIES.index(advice.severity) for advice in advise(lines, RECIPE)]
     assert order == sorted(order)
     assert len(set(order)) > 1
+
+
+# ---- recorded runs -----------------------------------------------------------------------------------
+
+
+def recorded(name):
+    return [json.loads(line) for line in (RECORDED / f"{name}.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECORDED.glob("*.jsonl")))
+def test_recorded_runs_that_went_well_raise_no_alarm(name):
+    objective = "tokenize" if name.startswith("dvae") else name.split("_")[0]
+    optim = {"batch_size": 64, "length": "3000 steps", "warmup": "120 steps", "schedule": "cosine"}
+    assert alarms(recorded(name), {"objective": {"name": objective}, "optim": optim}) == set()
+
+
+def test_faults_planted_into_a_recorded_run_are_named():
+    recipe = {"objective": {"name": "tokenize"}, "optim": {"batch_size": 64, "warmup": "120 steps"}}
+    slow, dying, broken = (recorded("dvae_cifar10_2400") for _ in range(3))
+    for number, (one, two, three) in enumerate(zip(slow, dying, broken, strict=True)):
+        if one["event"] == "train":
+            one["data_wait"] += 0.3
+            two["perplexity"] *= max(1 - number / 48, 0.02)
+            three["loss"] += 3.0 * max(number / 48 - 0.7, 0)
+    assert alarms(slow, recipe) == {"data_bound"}
+    assert alarms(dying, recipe) == {"codebook"}
+    assert alarms(broken, recipe) == {"divergence"}

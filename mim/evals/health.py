@@ -93,7 +93,7 @@ def prediction(loaded: LoadedRun, cfg: Config, dataset: AnyDataset) -> NamedValu
     if "mask" not in objective.reads or not hasattr(objective, "truth"):
         return
     grid = loaded.encoder.grid(loaded.views.sizes[0])
-    if loaded.views.mask is None or loaded.views.mask.args[0] != grid:  # type: ignore[attr-defined]
+    if loaded.views.mask is None or loaded.views.mask.args[0] != grid:
         say_once(f"health: the masks of {loaded.path} are not for images of {loaded.views.sizes[0]}: no loss is shown")
         return
     device = next(objective.parameters()).device
