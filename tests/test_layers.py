@@ -30,7 +30,7 @@ LEVELS = [
     {"mim.checkpoint"},
     {"mim.retention", "mim.resume"},
     {"mim.saver", "mim.sharding"},
-    {"mim.layouts", "mim.resample", "mim.frozen_networks"},
+    {"mim.layouts", "mim.resample", "mim.frozen_networks", "mim.movement"},
     {"mim.weight_files", "mim.hf_layouts"},
     {"mim.weights", "mim.classifying_teacher", "mim.hf_head"},
     {"mim.build", "mim.released_tokenizers"},

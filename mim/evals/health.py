@@ -56,6 +56,9 @@ def run(loaded: LoadedRun, cfg: Config) -> NamedValues:
             f"limit={cfg.limit} and lidar_views={cfg.lidar_views} must be at least 2, and attention_images="
             f"{cfg.attention_images} and lidar_images={cfg.lidar_images} at least 0"
         )
+    if not all(parameter.isfinite().all() for parameter in loaded.encoder.parameters()):
+        say(f"health: the weights of step {loaded.step} are not finite")
+        return
     with ranks.main_first():  # an image folder is made into shards once
         train, val = build.open_data(loaded.config)
     if val is None:
@@ -163,8 +166,6 @@ def representation(loaded: LoadedRun, cfg: Config, dataset: AnyDataset) -> Named
         features = columns(loaded, dataset, embedder(loaded, Wanted(layers)), cfg.limit, cfg.batch_size)
     by_layer = [features[f"{layer}/mean"] for layer in layers]
     last = by_layer[-1]
-    if not last.isfinite().all():
-        raise ConfigError(f"{loaded.path}: the features of step {loaded.step} are not finite, so they have no health")
     yield "rankme", statistics.rankme(last)
     if (alpha := statistics.alpha_req(last)) is not None:
         yield "alpha_req", alpha
