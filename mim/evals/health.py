@@ -99,6 +99,11 @@ def prediction(loaded: LoadedRun, cfg: Config, dataset: AnyDataset) -> NamedValu
     if loaded.views.mask is None or loaded.views.mask.args[0] != grid:
         say_once(f"health: the masks of {loaded.path} are not for images of {loaded.views.sizes[0]}: no loss is shown")
         return
+    try:
+        _ = "codes" in objective.reads and loaded.frozen["tokenizer"].encode
+    except ConfigError as error:  # a run that has only the codes of its training images
+        say_once(f"health without a loss: {error}")
+        return
     device = next(objective.parameters()).device
     told: dict[str, list[float]] = {}
     counts = torch.zeros(getattr(objective, "num_codes", 0), dtype=torch.int64, device=device)
