@@ -64,6 +64,15 @@ def run(loaded: LoadedRun, cfg: Config) -> NamedValues:
     if val is None:
         say_once(f"{train.path} holds nothing out: health looks at training images")
     dataset = val if val is not None else train
+    if len(stream.evaluated(dataset, limit=cfg.limit)) < 2:
+        say_once(f"{dataset.path} has no two images to compare: health looks at none")
+        return
+    with torch.compiler.set_stance("force_eager"):  # compiling for a few images would take longer than they do
+        yield from numbers(loaded, cfg, dataset)
+
+
+def numbers(loaded: LoadedRun, cfg: Config, dataset: AnyDataset) -> NamedValues:
+    """All of them."""
     yield from prediction(loaded, cfg, dataset)
     if loaded.views.label_maps:  # whose views are of pairs
         whole = config.bind("mim.data.augment", {"name": "center"}, "data.eval_view")
