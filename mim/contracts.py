@@ -135,6 +135,8 @@ class Objective(Protocol):
     # optional: prepare(batch) -> Batch, of a training batch on the device, before frozen networks see it: erases or
     # mixes images, changes weights; draws from the default generators, which the loop seeds before each micro-batch
     # optional: logits(batch) -> (B, classes), of an objective that classifies
+    # optional: truth(batch) -> (B, N) int64 codes below `num_codes`, or (B, N, P) values, of which `error` is "squared"
+    # or "absolute": what is predicted at masked patches, so that trivial predictions can be judged beside the loss
     # optional: after_step(step: int, progress: Tensor) -> None, once per optimizer step (codebooks, moving teachers); a
     # skipped step gets its saved buffers back afterwards, so what it moves, and what forward moves, is a saved buffer
 

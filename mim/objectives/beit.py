@@ -57,6 +57,10 @@ class BEiT(nn.Module):
         loss, accuracy = code_loss(logits, batch["codes"].gather(1, ids_mask))
         return {"loss": loss, "accuracy": accuracy}
 
+    def truth(self, batch: Batch) -> Tensor:
+        """The code of every patch (B, N)."""
+        return batch["codes"]
+
     @torch.no_grad()
     def reconstruct(self, batch: Batch, frozen: dict[str, Any]) -> Tensor:
         """Decode the predicted codes at masked positions, with the true codes elsewhere: (B, C, H', W') in [0, 1]."""

@@ -51,6 +51,7 @@ class BEiT2(nn.Module):
 
     per_micro_batch = False
     reads = ("images", "mask", "codes")
+    num_predictions = 2  # of each masked code, whose losses are added
 
     def __init__(self, encoder: Any, cfg: Config) -> None:
         super().__init__()
@@ -84,6 +85,10 @@ class BEiT2(nn.Module):
     def predict(self, tokens: Tensor) -> Tensor:
         """Raw block outputs (B, M, D) -> logits (B, M, num_codes)."""
         return self.head(self.encoder.final_norm(tokens))
+
+    def truth(self, batch: Batch) -> Tensor:
+        """The code of every patch (B, N)."""
+        return batch["codes"]
 
     @torch.no_grad()
     def reconstruct(self, batch: Batch, frozen: dict[str, Any]) -> Tensor:

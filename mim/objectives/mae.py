@@ -62,6 +62,7 @@ class MAE(nn.Module):
     """
 
     per_micro_batch = False
+    error = "squared"  # of a pixel, which the loss is the mean of
 
     def __init__(self, encoder: Any, cfg: Config) -> None:
         super().__init__()
@@ -138,6 +139,10 @@ class MAE(nn.Module):
         if key not in self._positions:
             self._positions[key] = sincos_positions(grid, self.cfg.decoder_width).to(device)
         return self._positions[key]
+
+    def truth(self, batch: Batch) -> Tensor:
+        """What every patch is (B, N, P)."""
+        return self.target(batch["images"])[0]
 
     @torch.no_grad()
     def reconstruct(self, batch: Batch, frozen: dict[str, Any]) -> Tensor:

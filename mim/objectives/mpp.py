@@ -59,8 +59,9 @@ class MaskedPatchPrediction(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.cfg = cfg
+        self.num_codes = LEVELS**encoder.channels
         self.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.width))
-        self.head = nn.Linear(encoder.width, LEVELS**encoder.channels)
+        self.head = nn.Linear(encoder.width, self.num_codes)
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
         nn.init.trunc_normal_(self.head.weight, std=0.02, a=-0.02, b=0.02)
         nn.init.zeros_(self.head.bias)
@@ -105,6 +106,10 @@ class MaskedPatchPrediction(nn.Module):
         levels = (means * LEVELS).long().clamp(0, LEVELS - 1)
         weights = LEVELS ** torch.arange(c - 1, -1, -1, device=images.device)
         return (levels * weights).sum(dim=-1)  # (B, N)
+
+    def truth(self, batch: Batch) -> Tensor:
+        """The colour of every patch (B, N)."""
+        return self.colours(batch["images"])
 
     @torch.no_grad()
     def reconstruct(self, batch: Batch, frozen: dict[str, Any]) -> Tensor:

@@ -36,6 +36,7 @@ class SimMIM(nn.Module):
     """Reads `images` and `mask`; the loss is the mean absolute error of the masked pixels, per sample."""
 
     per_micro_batch = False
+    error = "absolute"  # of a pixel, which the loss is the mean of
     reads = ("images", "mask")
 
     def __init__(self, encoder: Any) -> None:
@@ -57,6 +58,10 @@ class SimMIM(nn.Module):
     def target(self, images: Tensor) -> Tensor:
         """Pixels as the encoder normalises them, (B, N, P)."""
         return patchify(self.encoder.normalize(images), self.encoder.patch_size).float()
+
+    def truth(self, batch: Batch) -> Tensor:
+        """What every patch is (B, N, P)."""
+        return self.target(batch["images"])
 
     @torch.no_grad()
     def reconstruct(self, batch: Batch, frozen: dict[str, Any]) -> Tensor:
