@@ -139,7 +139,7 @@ def averaged(job: Job) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def whole(job: Job) -> Iterator[Any]:
-    """The objective in training mode, uncompiled, to call any method of it; what the block changes stays (all ranks)."""
+    """The objective in training mode, uncompiled, to call any method of; what the block changes stays (all ranks)."""
     if job.twin is None:
         with torch.compiler.set_stance("force_eager"):
             yield job.objective

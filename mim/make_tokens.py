@@ -1,9 +1,9 @@
 """Make a token cache: a recipe's frozen tokenizer over K views of every image (format: mim/data/tokens.py).
 
-Views, device, precision, micro-batches and the call of the tokenizer are those of training, so its codes are too. Every process
-of a launch takes shards of its own, and so does every `part`; nothing is sent between them. A shard is finished when
-its facts lie beside its codes, so a killed process loses only the shard it was at. The lock comes last. Made again, a
-finished cache is proven, and what is damaged is repaired.
+Views, device, precision, micro-batches and the call of the tokenizer are those of training, so its codes are too.
+Every process of a launch takes shards of its own, and so does every `part`; nothing is sent between them. A shard is
+finished when its facts lie beside its codes, so a killed process loses only the shard it was at. The lock comes last.
+Made again, a finished cache is proven, and what is damaged is repaired.
 """
 
 from __future__ import annotations

@@ -6,10 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+from torch import nn
 
 from mim import launching, optim
 from mim.config import ConfigError
@@ -153,14 +155,34 @@ def test_a_run_with_recomputed_blocks_is_the_same_run_bit_for_bit(dataset, tmp_p
 
 @pytest.mark.slow
 def test_a_compiled_run_has_the_losses_and_the_names_of_one_that_is_not(dataset, tmp_path, monkeypatch):  # noqa: F811
-    """With code generation, which takes minutes on a CPU, and nothing that an earlier one left half written."""
+    """With code generation, which takes minutes on a CPU, and nothing that an earlier one left half written.
+
+    The recipe drops paths: the same ones.
+    """
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    path = recipe(dataset, tmp_path, encoder__drop_path_rate=0.0)
+    path = recipe(dataset, tmp_path)
     run(path, tmp_path / "plain")
     run(path, tmp_path / "compiled", "train.compile=true")
     losses, wanted = ([entry["loss"] for entry in lines(tmp_path / name)] for name in ("compiled", "plain"))
     assert losses == pytest.approx(wanted, abs=1e-5)
     assert tensors(tmp_path / "compiled").keys() == tensors(tmp_path / "plain").keys()
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "missing", "told"),
+    [
+        (None, "cpu", None, []),
+        (None, "cuda", None, ["3 blocks compiled"]),
+        (None, "cuda", "triton", ["blocks not compiled, for lack of triton"]),
+        (False, "cuda", None, []),
+        (True, "cpu", None, ["3 blocks compiled"]),
+        (True, "cuda", "triton", ["3 blocks compiled"]),  # then torch says what it lacks
+    ],
+)
+def test_blocks_are_compiled_by_default_on_a_gpu_that_has_what_it_takes(monkeypatch, asked, device, missing, told):
+    monkeypatch.setattr(launching, "lacking", lambda _: missing)
+    monkeypatch.setattr(launching, "compile_each", lambda _: 3)
+    assert launching.compiled(nn.Linear(1, 1), asked, torch.device(device)) == told
 
 
 @pytest.fixture

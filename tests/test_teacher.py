@@ -5,6 +5,7 @@ import torch
 from conftest import TINY
 from safetensors.torch import save_file
 
+import tokenizer as tokenizers
 from mim import build, frozen_networks, stopping, train
 from mim.config import ConfigError, to_yaml
 from mim.data import stream
@@ -56,6 +57,23 @@ def test_targets_are_the_patch_features_of_the_teachers_run(sections, trained):
     assert torch.equal(batch["targets"], expected)
     assert not batch["targets"].requires_grad
     assert not any(p.requires_grad for p in frozen["teacher"].parameters())
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("no", "float32"), ("bf16", "bfloat16"), ("fp16", "float32")])
+def test_frozen_networks_compute_as_the_run_does_and_write_float32_and_codes(
+    sections, saved_tokenizer, precision, dtype
+):
+    inside = []
+    frozen = {"teacher": build.build(sections).frozen["teacher"], "tokenizer": tokenizers.load(saved_tokenizer)}
+    frozen["tokenizer"].encoder.blocks.group_4.register_forward_hook(lambda *found: inside.append(found[-1]))
+    frozen["teacher"].encoder.vit.blocks[0].mlp.fc1.register_forward_hook(lambda *found: inside.append(found[-1]))
+    batch = {"images": torch.rand(2, 3, 32, 32)}
+    with frozen_networks.computing(precision, torch.device("cpu")):
+        frozen_networks.write_targets(frozen, batch)
+    assert [str(value.dtype) for value in inside] == [f"torch.{dtype}"] * 2
+    assert inside[1].is_contiguous(memory_format=torch.channels_last)
+    assert batch["targets"].dtype == torch.float32
+    assert batch["codes"].dtype == torch.int64
 
 
 def test_a_teacher_of_another_size_sees_the_image_at_its_own(sections):

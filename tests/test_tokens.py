@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from click.testing import CliRunner
 
 import tokenizer as tokenizers
@@ -108,6 +109,23 @@ def test_a_cached_run_equals_the_uncached_one_bit_for_bit_and_never_runs_the_tok
     monkeypatch.setattr(tokenizers, "load", refuse)
     assert train.main(recipe, [f"train.run={tmp_path / 'run'}", f"tokens={cache}", f"train.workers={workers}"]) == 0
     assert_same(tmp_path / "run", uncached)
+
+
+def test_a_cache_of_a_bf16_run_has_its_codes_and_says_that_a_float32_run_has_others(recipe, tmp_path, capsys):
+    AcceleratorState._reset_state()
+    try:
+        make_tokens.make(recipe, ["train.precision=bf16"], tmp_path / "cache")
+        for name, cached in (("whole", []), ("cached", [f"tokens={tmp_path / 'cache'}"])):
+            AcceleratorState._reset_state()
+            train.main(recipe, [f"train.run={tmp_path / name}", "train.precision=bf16", *cached])
+        assert_same(tmp_path / "cached", tmp_path / "whole")
+        assert "dtype bfloat16" in capsys.readouterr().err
+        AcceleratorState._reset_state()
+        train.main(recipe, [f"train.run={tmp_path / 'other'}", f"tokens={tmp_path / 'cache'}"], dry_run=True)
+        (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("tokens "))
+        assert "nearly those of a run without it (cache -> run: dtype" in line
+    finally:
+        AcceleratorState._reset_state()
 
 
 def test_a_run_may_change_between_cache_and_tokenizer_when_it_resumes(recipe, cache, uncached, tmp_path):

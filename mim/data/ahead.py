@@ -32,7 +32,5 @@ class Ahead:
         reader.wait_stream(self.stream)
         for value in moved.values():
             if isinstance(value, Tensor):
-                value.record_stream(
-                    reader
-                )  # its memory was taken on the other stream, and is free when this one is done
+                value.record_stream(reader)  # the other stream, whose memory it is, takes it back after this one
         return moved
