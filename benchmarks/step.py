@@ -1,11 +1,12 @@
 """What each saving in the arithmetic of the step is worth: steps without it against steps as they are, interleaved.
 
 In each round one training takes a step as it is, and then one with each saving undone. A ratio is the median over
-rounds of the time without the saving over the time with it: above 1 it pays. The allocator's setting holds for a whole
-process, so `malloc` compares two processes that take turns.
+rounds of the time without the saving over the time with it: above 1 it pays. The time is what one core computes, which
+other work beside it disturbs less than the clock. The allocator's setting holds for a whole process, so `malloc`
+compares two processes that take turns.
 
-    python -m benchmarks.step mae-bf16 --rounds 7
-    python -m benchmarks.step malloc --rounds 7
+    python -m benchmarks.step mae-bf16 --batch-size 8 --rounds 5
+    python -m benchmarks.step malloc
 """
 
 from __future__ import annotations
@@ -105,7 +106,8 @@ WITHOUT: dict[str, dict[str, Callable[[Any], Any]]] = {
 
 
 def training(job: str, rows: int, size: str) -> steps.Training:
-    """A training of a job on the CPU."""
+    """A training of a job on one core of the CPU."""
+    torch.set_num_threads(1)
     name, precision = JOBS[job]
     return steps.Training(steps.work(name, size, [], precision=precision, cpu=True), rows=rows)
 
@@ -113,9 +115,9 @@ def training(job: str, rows: int, size: str) -> steps.Training:
 def seconds(run: steps.Training, context: Any = None) -> float:
     """One step's."""
     with context or nullcontext():
-        began = time.perf_counter()
+        began = time.process_time()
         run.step()
-        return time.perf_counter() - began
+        return time.process_time() - began
 
 
 def savings(job: str, rows: int, size: str, count: int) -> rounds.Seconds:
@@ -163,13 +165,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", choices=[*JOBS, "malloc"])
     parser.add_argument("--size", default="base", choices=["tiny", *steps.SIZES])
-    parser.add_argument("--batch-size", type=int, default=16, help="images per step (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=7, help="after a warm-up (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="images per step (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="after a warm-up (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="file for the figures")
     arguments = parser.parse_args()
     rows, size, count = arguments.batch_size, arguments.size, arguments.rounds
     found = malloc(rows, size, count) if arguments.job == "malloc" else savings(arguments.job, rows, size, count)
-    print(f"{arguments.job} {size}, {rows} images, {torch.get_num_threads()} threads")
+    print(f"{arguments.job} {size}, {rows} images, one core")
     print(f"{'step':<26} {'s: median (min-max)':>24} {'ratio (min-max)':>22}")
     for name, values in found.items():
         took, against = rounds.Spread.of(values), rounds.ratio(values, found[AS_IT_IS])

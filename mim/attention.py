@@ -1,9 +1,9 @@
 """Attention in three steps, softmax(Q K^T) V, where the fused kernel is the slower one.
 
 Fused kernels (Dao et al. 2022, "FlashAttention", arXiv 2205.14135) keep the scores out of memory, which on GPUs is
-what costs. On CPUs torch's kernel for bfloat16 computes its backward in small products; three large ones take half the
-time or less (docs/results.md, "Speed of the step"), at the price of keeping the probabilities, B * heads * tokens**2
-values for each block. In float32 the fused kernel stays the better one.
+what costs. On CPUs torch's kernel for bfloat16 is the slower way (docs/results.md, "Speed of the step"), above all in its
+backward; three products keep the probabilities for it instead, B * heads * tokens**2 values for each block. In float32
+the fused kernel stays the better one. A softmax of bfloat16 scores is computed in float32 and rounded once.
 
 Every attention of timm has both ways and a switch, `fused_attn`.
 """

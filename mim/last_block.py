@@ -2,8 +2,8 @@
 
 Attention mixes tokens; what follows it in a block, the MLP with its norm, sees each token by itself. A head over masked
 patches so needs the MLP of the last block at their tokens only. Nothing else is computed otherwise, so values and
-gradients are those of the whole block. (Leaving out queries, too, would save a third more, at the price of an attention
-of our own for each family: docs/results.md, "Speed of the step".)
+gradients are those of the whole block. Leaving out the queries and the output projection of the others, too, would save
+a quarter more operations, at the price of an attention of our own for each family.
 
 A block's `forward` is replaced, not the block, as in mim/blocks.py: names of parameters stay, and what is hooked to the
 block, compiled or recomputed comes around it.
