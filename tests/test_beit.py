@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from peers import distance, gradients, renamed, shake
+from peers import distance, gradients, shake
 
+from benchmarks.peer_models import beit_on_vit_weights, beit_weights
 from mim.build import IMAGENET_MEAN, IMAGENET_STD
 from mim.encoders import beit as beit_encoder
 from mim.encoders import vit
@@ -79,35 +80,9 @@ def peer(request):
     cfg = module.Config(model, width=32, depth=2, num_heads=2, patch_size=8, positions=positions,
                         layer_scale=layer_scale or None, mean=IMAGENET_MEAN, std=IMAGENET_STD)  # fmt: skip
     ours = beit.build(module.build(cfg, image_size=(32, 32), channels=3), beit.Config(num_codes=CODES)).eval()
-    convert = ours_of if name == "vit" else ours_of_beit
+    convert = beit_on_vit_weights if name == "vit" else beit_weights
     ours.load_state_dict(convert(theirs.state_dict()))
     return ours, theirs, convert
-
-
-def ours_of(state):
-    renames = [
-        ("beit.embeddings.mask_token", "mask_token"),
-        ("beit.embeddings.", "encoder.vit.embeddings."),
-        ("beit.layers", "encoder.vit.blocks"),
-        ("lm_head", "head"),
-    ]
-    state = {"encoder.vit.norm" + name[9:] if name.startswith("layernorm.") else name: t for name, t in state.items()}
-    return renamed(state, renames)
-
-
-def ours_of_beit(state):
-    """As timm's Beit has them: keys without bias, and tables of relative positions."""
-    found = {}
-    for name, value in ours_of(state).items():
-        name = name.replace("beit.shared_position_bias.", "encoder.vit.rel_pos_bias.")
-        name = name.replace("relative_position_bias.", "attn.") if ".blocks." in name else name
-        name = name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2")
-        if name.endswith("qkv.bias"):
-            query, _, value = value.chunk(3)
-            found[name.replace("qkv.bias", "q_bias")] = query
-            name = name.replace("qkv.bias", "v_bias")
-        found[name] = value
-    return found
 
 
 def a_square_batch(rows=4):

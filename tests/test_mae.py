@@ -4,8 +4,9 @@ import re
 
 import pytest
 import torch
-from peers import distance, gradients, renamed, shake
+from peers import distance, gradients, shake
 
+from benchmarks.peer_models import mae_weights
 from mim.build import IMAGENET_MEAN, IMAGENET_STD
 from mim.encoders import vit
 from mim.objectives import mae
@@ -59,24 +60,11 @@ def peer(request):
     theirs.decoder.initialize_weights(N)
     shake(theirs)
     ours = an_objective(mean=IMAGENET_MEAN, std=IMAGENET_STD, norm_pix_loss=request.param)
-    found = ours_of(theirs.state_dict())
+    found = mae_weights(theirs.state_dict())
     missing = ours.state_dict().keys() - found.keys()
     assert missing == {"encoder.vit.pos_embed"}  # fixed: must be equal already
     ours.load_state_dict(found, strict=False)
     return ours, theirs
-
-
-def ours_of(state):
-    """The published program's tensors under our names, without the fixed positions."""
-    state = {name: value for name, value in state.items() if "position" not in name and "pos_embed" not in name}
-    renames = [
-        ("vit.embeddings.", "encoder.vit.embeddings."),
-        ("vit.layers", "encoder.vit.blocks"),
-        ("vit.layernorm.", "encoder.vit.norm."),
-        ("decoder.decoder_layers", "decoder_blocks"),
-        ("decoder.", ""),
-    ]
-    return renamed(state, renames)
 
 
 def test_the_loss_is_that_of_the_published_program(peer):
@@ -101,7 +89,7 @@ def test_gradients_are_those_of_the_published_program(peer):
     batch = a_batch(rows=5)
     theirs(ours.encoder.normalize(batch["images"]), noise=batch["random"]).loss.backward()
     ours(batch, PROGRESS)["loss"].mean().backward()
-    reference, mine = ours_of(gradients(theirs)), gradients(ours)
+    reference, mine = mae_weights(gradients(theirs)), gradients(ours)
     assert mine.keys() == reference.keys()
     for name, gradient in mine.items():
         assert distance(gradient, reference[name]) < 1e-5, name

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from peers import distance, gradients, renamed, shake
+from peers import distance, gradients, shake
 
+from benchmarks.peer_models import renamed
 from mim.build import IMAGENET_MEAN, IMAGENET_STD
 from mim.contracts import Features
 from mim.encoders import vit
