@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mim import config, job, optim, plan, stopping
+from mim import config, dry_run, job, optim, stopping
 from mim.config import ConfigError
 from mim.data import shards as datasets
 
@@ -30,7 +30,7 @@ def planned(write, capsys):
     """`planned(objective, images=..., section__key=value)`: the plan as programs read it."""
 
     def run(objective="mae", images=None, **changes):
-        assert plan.main(write(objective, **changes), [], images=images, as_json=True) == stopping.DONE
+        assert dry_run.main(write(objective, **changes), [], images=images, as_json=True) == stopping.DONE
         return json.loads(capsys.readouterr().out)
 
     return run
@@ -38,7 +38,7 @@ def planned(write, capsys):
 
 def test_with_the_data_at_hand_the_start_lines_come_first_and_nothing_is_written(write, shards, tmp_path, capsys):
     path = write(train__run=str(tmp_path / "run"))
-    assert plan.main(path, []) == stopping.DONE
+    assert dry_run.main(path, []) == stopping.DONE
     said = capsys.readouterr()
     num_images = len(datasets.Dataset.open(shards / "train"))
     assert f"{num_images} images in" in said.err
@@ -75,7 +75,7 @@ def test_a_number_of_images_stands_for_data_that_is_not_there(planned):
 )
 def test_epochs_of_data_that_is_not_there_are_refused_with_the_remedy(write, changes, key):
     with pytest.raises(ConfigError) as error:
-        plan.main(write(data__path="/nowhere", **changes), [])
+        dry_run.main(write(data__path="/nowhere", **changes), [])
     assert f"data.path=/nowhere is not there, and {key} counts its epochs" in str(error.value)
     assert "--images 1281167" in str(error.value)
 
@@ -88,7 +88,7 @@ def test_steps_need_neither_data_nor_its_size(planned):
 def test_a_tokenizer_that_is_not_trained_yet_is_planned_from_its_recipe(write, capsys):
     section = {"recipe": "dvae_small_cifar10", "path": "runs/none"}
     path = write("beit", tokenizer=section, objective__num_codes=512, encoder__patch_size=4)
-    plan.main(path, [], as_json=True)
+    dry_run.main(path, [], as_json=True)
     said = capsys.readouterr()
     assert "no trained tokenizer yet: planned from its recipe dvae_small_cifar10" in said.err
     found = json.loads(said.out)
@@ -98,7 +98,7 @@ def test_a_tokenizer_that_is_not_trained_yet_is_planned_from_its_recipe(write, c
 
 def test_a_teacher_that_is_not_trained_yet_is_planned_from_its_recipe(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # whatever runs/ holds here
-    assert plan.main("vqkd_mae_cifar10", [], images=1000, as_json=True) == stopping.DONE
+    assert dry_run.main("vqkd_mae_cifar10", [], images=1000, as_json=True) == stopping.DONE
     said = capsys.readouterr()
     assert "no trained teacher yet: planned from its recipe mae_vittiny_cifar10" in said.err
     parts = json.loads(said.out)["parts"]
@@ -109,7 +109,7 @@ def test_a_teacher_that_is_not_trained_yet_is_planned_from_its_recipe(capsys, tm
 def test_the_weights_of_a_timm_teacher_are_not_fetched_for_a_plan(capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     small = ["teacher.model=resnet10t", "data.image_size=32", "encoder.patch_size=8", "encoder.depth=1"]
-    assert plan.main("classify_deits16_in1k", [*small, "train.cpu=true"], images=1000, as_json=True) == stopping.DONE
+    assert dry_run.main("classify_deits16_in1k", [*small, "train.cpu=true"], images=1000, as_json=True) == stopping.DONE
     said = capsys.readouterr()
     assert "no trained teacher yet: planned from its timm model resnet10t" in said.err
     assert json.loads(said.out)["parts"]["teacher"]["forward"] > 0
@@ -117,7 +117,7 @@ def test_the_weights_of_a_timm_teacher_are_not_fetched_for_a_plan(capsys, monkey
 
 def test_a_frozen_network_without_path_and_recipe_is_refused():
     with pytest.raises(ConfigError, match=r"teacher\.path is missing"):
-        plan.main("vqkd_mae_cifar10", ["teacher.path=null", "teacher.recipe=null"], images=1000)
+        dry_run.main("vqkd_mae_cifar10", ["teacher.path=null", "teacher.recipe=null"], images=1000)
 
 
 def test_a_trained_tokenizer_is_the_one_that_is_planned(planned, saved_tokenizer):
@@ -154,8 +154,10 @@ def test_the_batch_is_resolved_into_micro_batches(planned, monkeypatch):
 
 def test_the_plot_rises_to_the_peak_and_falls(planned):
     found = planned(optim__length="100 steps", optim__warmup="50 steps")
-    drawn = list(plan.rate_lines(found))[: plan.ROWS]
-    heights = [sum(line[12:].ljust(plan.COLUMNS)[column] == "█" for line in drawn) for column in range(plan.COLUMNS)]
+    drawn = list(dry_run.rate_lines(found))[: dry_run.ROWS]
+    heights = [
+        sum(line[12:].ljust(dry_run.COLUMNS)[column] == "█" for line in drawn) for column in range(dry_run.COLUMNS)
+    ]
     assert heights.index(max(heights)) in range(27, 31)
     assert heights[: heights.index(max(heights))] == sorted(heights[: heights.index(max(heights))])
     assert drawn[0].lstrip().startswith("0.001 |")
@@ -170,7 +172,7 @@ def test_a_device_that_is_too_small_needs_more_micro_batches(planned):
 
 
 def test_the_text_tells_what_the_numbers_are(write, capsys):
-    plan.main(write(optim__ema=0.99, optim__clip_grad=3.0, optim__name="lion"), [])
+    dry_run.main(write(optim__ema=0.99, optim__clip_grad=3.0, optim__name="lion"), [])
     said = capsys.readouterr().out
     for words in (
         "mae: mae on vit\n",
@@ -185,10 +187,10 @@ def test_the_text_tells_what_the_numbers_are(write, capsys):
 
 def test_no_precision_needs_no_quotes(write, capsys):
     """YAML makes False of a bare no."""
-    assert plan.main(write(), ["train.precision=no"], as_json=True) == stopping.DONE
+    assert dry_run.main(write(), ["train.precision=no"], as_json=True) == stopping.DONE
     assert json.loads(capsys.readouterr().out)["memory"]["precision"] == "no"
 
 
 def test_a_precision_that_is_unknown_is_refused(write):
     with pytest.raises(ConfigError, match=r"train\.precision='half' is unknown; choose no, bf16 or fp16"):
-        plan.main(write(), ["train.precision=half"])
+        dry_run.main(write(), ["train.precision=half"])
