@@ -25,8 +25,8 @@ def lines(plan: dict[str, Any]) -> Iterator[str]:
     disk, loader = plan["checkpoints"], plan["speed"]["loader"]
     yield (
         f"checkpoints: {disk['one'] / GIB:.2f} GiB each, {disk['written']} written, one in {disk['every_steps']} "
-        f"steps; {disk['kept']} stay = {disk['kept_bytes'] / GIB:.2f} GiB, at most {disk['most_bytes'] / GIB:.2f} GiB while "
-        f"one is written; {disk['written_bytes'] / GIB:.0f} GiB in all"
+        f"steps; {disk['kept']} stay = {disk['kept_bytes'] / GIB:.2f} GiB, at most {disk['most_bytes'] / GIB:.2f} GiB "
+        f"while one is written; {disk['written_bytes'] / GIB:.0f} GiB in all"
     )
     yield (
         f"loader: {loader['images_per_s']:.0f} images/s per device = {loader['cores']:.1f} CPU cores each at "
