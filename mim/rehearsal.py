@@ -57,11 +57,12 @@ def rehearse(
     """Train `STEPS` steps, or as many as `longest` seconds allow, on one device, and forget them."""
     accelerator = launching.launch(cfg)
     device = accelerator.device
+    product = matrix_product(device, cfg.train.precision)
+    product()  # what it holds is there before anything is counted
     before = held_bytes(device)
     forget_peak(device)
     built = build.build(config.plain(cfg), dataset=dataset, load_frozen=trained)
     step = stepper(cfg, accelerator, built, rows)
-    product = matrix_product(device, cfg.train.precision)
     times: list[list[float]] = [[], [], []]  # gradient, update, product
     began = 0.0
     for number in range(WARM_UP + STEPS):
@@ -140,7 +141,7 @@ def synthetic(built: build.Built, rows: int) -> Batch:
         batch["num_masked"] = int(masks[0].sum())
     if views.cache is not None:
         num_patches = int(np.prod(built.encoder.grid(views.sizes[0])))
-        batch["codes"] = torch.from_numpy(rng.integers(0, built.objective.cfg.num_codes, (rows, num_patches)))
+        batch["codes"] = torch.from_numpy(rng.integers(0, built.objective.num_codes, (rows, num_patches)))
     if views.label_maps:
         batch["label_maps"] = torch.zeros(rows, *views.sizes[0], dtype=torch.uint8)  # (B, H, W)
     batch["labels"] = torch.zeros(rows, dtype=torch.int64)
