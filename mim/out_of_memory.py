@@ -31,7 +31,14 @@ def explained(cfg: Config, dataset: mixture.AnyDataset, *, sharded: bool, where:
         if not is_out_of_memory(error):
             raise
         place, way = where(), replace(spread.Way.of(cfg, ranks.place()[1]), shard=sharded)
-        raise ConfigError(sentence(cfg, way, dataset=dataset, place=place)) from error
+        try:
+            text = sentence(cfg, way, dataset=dataset, place=place)
+        except (ValueError, RuntimeError, MemoryError) as why:
+            text = (
+                f"out of memory in {place}, and what would hold less could not be counted ({why}); set "
+                f"train.micro_batches={2 * way.micro_batches}"
+            )
+        raise ConfigError(text) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -48,9 +55,8 @@ def sentence(cfg: Config, way: spread.Way, *, dataset: mixture.AnyDataset | None
         for setting, load, note in remedies(cfg, way, used, spread.usable(memory), dataset)
         if load.total < used.total
     ][:REMEDIES]
-    said = (
-        f"out of memory in {place}: micro-batches of {used.rows} images hold about {used.total / GIB:.2f} GiB at once"
-    )
+    held = f"about {used.total / GIB:.2f} GiB at once"
+    said = f"out of memory in {place}: a step with micro-batches of {used.rows} images holds {held}"
     has = f", and the device has {memory:.1f} GiB"
     if not found:
         return f"{said}{has}; no setting makes it less: take a larger device or a smaller network"

@@ -238,7 +238,7 @@ def loader(cfg: Config, images_per_s: float, wish: Wish, dataset: mixture.AnyDat
     elif wish.measure and dataset is not None:
         rate, source = loader_speed.measure(cfg, seconds=1.0).one_worker, "measured here"
     else:
-        rate, source = PER_CORE, "ImageNet JPEGs of 105 KiB to 224 pixels; mim bench data measures yours"
+        rate, source = PER_CORE, "assumed: ImageNet JPEGs of 105 KiB to 224 pixels; mim bench data measures yours"
     return {"images_per_s": images_per_s, "per_core": rate, "cores": images_per_s / rate, "source": source}
 
 

@@ -24,14 +24,15 @@ def lines(plan: dict[str, Any]) -> Iterator[str]:
     yield from time_and_energy(plan)
     disk, loader = plan["checkpoints"], plan["speed"]["loader"]
     yield (
-        f"checkpoints: {disk['one'] / GIB:.2f} GiB each, {disk['written']} written, one in {disk['every_steps']} "
-        f"steps; {disk['kept']} stay = {disk['kept_bytes'] / GIB:.2f} GiB, at most {disk['most_bytes'] / GIB:.2f} GiB "
-        f"while one is written; {disk['written_bytes'] / GIB:.0f} GiB in all"
+        f"checkpoints: {disk['written']} of {disk['one'] / GIB:.2f} GiB, one in {disk['every_steps']} steps, "
+        f"{disk['written_bytes'] / GIB:.0f} GiB written in all"
     )
     yield (
-        f"loader: {loader['images_per_s']:.0f} images/s per device = {loader['cores']:.1f} CPU cores each at "
-        f"{loader['per_core']:.0f} images/s per core ({loader['source']})"
+        f"  {disk['kept']} stay = {disk['kept_bytes'] / GIB:.2f} GiB, at most {disk['most_bytes'] / GIB:.2f} GiB while "
+        f"one is written"
     )
+    yield f"loader: {loader['cores']:.1f} CPU cores per device at {loader['per_core']:.0f} images/s per core"
+    yield f"  {loader['source']}"
     yield f"start: {plan['start']}"
 
 
@@ -57,8 +58,9 @@ def memory(plan: dict[str, Any]) -> Iterator[str]:
     parts += [f"{name} {held[name] / GIB:.2f}" for name in ("gradients", "gathered") if held[name]]
     yield (
         f"memory of a device: {held['total'] / GIB:.2f} GiB = {' + '.join(parts)} + activations "
-        f"{held['activations'] / GIB:.2f}; up to {held['usable'] / GIB:.1f} may be used, a tenth and 1 GiB stay free"
+        f"{held['activations'] / GIB:.2f}"
     )
+    yield f"  up to {held['usable'] / GIB:.1f} GiB may be used: a tenth and 1 GiB stay free"
     if plan["measured"] is not None:
         real, told = plan["measured"]["held"], plan["measured"]["predicted_held"]
         yield (
@@ -84,12 +86,12 @@ def time_and_energy(plan: dict[str, Any]) -> Iterator[str]:
     yield (
         f"time: {length['steps']} steps = {length['images']} images in {plan['hours']:.3g} hours"
         + (f" = {plan['device_hours']:.3g} device hours" if ranks > 1 else "")
-        + "; evaluations, waits for data and the network between machines not counted"
     )
+    yield "  not counted: evaluations, waits for data, the network between machines"
     if (energy := plan["energy"]) is None:
         yield "energy: not told, as the device's power is not known"
     else:
         yield (
             f"energy: {energy['kwh']:.3g} kWh = {ranks} x {energy['watts']:.0f} W x {energy['share']:g} (assumed) x "
-            f"{plan['hours']:.3g} h; CPUs, network, disks and cooling not counted"
+            f"{plan['hours']:.3g} h; not counted: CPUs, network, disks, cooling"
         )

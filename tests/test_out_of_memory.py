@@ -9,7 +9,6 @@ import torch
 
 from mim import config, out_of_memory, rehearsal, train
 from mim.config import ConfigError
-from mim.objectives.mae import MAE
 
 
 @pytest.fixture
@@ -31,17 +30,15 @@ def gib(text):
 
 
 def test_a_device_without_memory_ends_in_one_sentence_with_three_remedies(write, tmp_path, monkeypatch):
-    def forward(self, batch, progress):
+    def update(*_arguments):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
-    monkeypatch.setattr(MAE, "forward", forward)
+    monkeypatch.setattr("mim.optim.update", update)
     path = write(batch_size=512)
     with pytest.raises(ConfigError) as error:
         train.main(path, [])
     text = str(error.value)
-    assert text.startswith(
-        "out of memory in the forward of step 1: a step with micro-batches of 512 images holds about"
-    )
+    assert text.startswith("out of memory in the update of step 1: a step with micro-batches of 512 images holds about")
     settings = re.findall(r"train\.\w+=\w+", text)
     assert settings == ["train.micro_batches=2", "train.precision=bf16", "train.activation_checkpointing=true"]
     held = float(re.search(r"about (\d+\.\d+) GiB at once", text)[1])
@@ -49,7 +46,7 @@ def test_a_device_without_memory_ends_in_one_sentence_with_three_remedies(write,
     assert all(less <= held for less in gib(text))
     status = json.loads((tmp_path / "run/status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("failed", 2)
-    assert status["reason"].startswith("out of memory in the forward of step 1")
+    assert status["reason"].startswith("out of memory in the update of step 1")
 
 
 def test_an_allocator_that_refuses_is_understood(write):
@@ -68,3 +65,16 @@ def test_other_errors_stay_what_they_are():
     assert not out_of_memory.is_out_of_memory(RuntimeError("shapes do not match"))
     assert out_of_memory.is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"))
     assert out_of_memory.is_out_of_memory(MemoryError())
+
+
+def test_a_recipe_whose_cost_cannot_be_counted_still_ends_in_a_sentence(write, monkeypatch):
+    def update(*_arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    def load(*_arguments, **_options):
+        raise ConfigError("a shape depends on values")
+
+    monkeypatch.setattr("mim.optim.update", update)
+    monkeypatch.setattr("mim.spread.load", load)
+    with pytest.raises(ConfigError, match=r"^out of memory in the update of step 1, .*set train\.micro_batches=2"):
+        train.main(write(), [])

@@ -124,7 +124,7 @@ def test_the_text_tells_what_the_numbers_rest_on(write, capsys):
         "a tenth and 1 GiB stay free",
         "not measured",
         "8 x 400 W x 0.8 (assumed)",
-        "images/s per core (ImageNet JPEGs",
+        "images/s per core\n  assumed: ImageNet JPEGs",
         "start: torchrun --nproc_per_node 8 -m mim train",
     ):
         assert words in said
