@@ -18,6 +18,7 @@ import click
 from mim import __version__
 from mim.checkpoint_commands import checkpoints
 from mim.cluster_commands import doctor, launch
+from mim.plan_command import plan
 from mim.shard_commands import plugin_option, shards
 from mim.status_command import status
 from mim.token_commands import tokens
@@ -63,6 +64,7 @@ cli.add_command(checkpoints)
 cli.add_command(status)
 cli.add_command(doctor)
 cli.add_command(launch)
+cli.add_command(plan)
 
 
 @cli.command()
@@ -92,9 +94,9 @@ def train(
         raise click.UsageError("--images and --json belong to --dry-run; add it, or leave them out")
     with config.plugins(plugins):
         if dry_run:
-            from mim import plan
+            from mim import dry_run as rehearsed
 
-            sys.exit(plan.main(recipe, list(overrides), images=images, as_json=as_json))
+            sys.exit(rehearsed.main(recipe, list(overrides), images=images, as_json=as_json))
         from mim.train import main as run
 
         sys.exit(run(recipe, list(overrides)))
@@ -126,37 +128,11 @@ def bench_data(
       mim bench data mae_vittiny_cifar10 data.path=shards/cifar10
       mim bench data mae_vittiny_cifar10 data.path=shards/cifar10 train.workers=4 --json
     """
-    import contextlib
+    from mim import config, loader_speed
+    from mim.job import Config
 
-    import torch
-
-    from mim import build, config
-    from mim.data import diagnosis, mixture
-    from mim.job import Config, num_workers
-
-    cfg = config.typed(Config, config.read(recipe, overrides))
-    sections = config.plain(cfg)
-    dataset, _ = build.open_data(sections)
-    trained = bool((sections.get("tokenizer") or {}).get("path") or sections.get("tokens"))
-    # Sizes and mask are wanted, not the networks.
-    with config.plugins(plugins), contextlib.nullcontext() if trained else torch.device("meta"):
-        views = build.build(sections, dataset=dataset, load_frozen=trained).views
-    data = views.data
-    on_gpu = torch.accelerator.is_available() and not cfg.train.cpu
-    device = torch.accelerator.current_accelerator() if on_gpu else None
-    found = diagnosis.measure(
-        dataset,
-        order=mixture.order_of(dataset, seed=data.seed, lanes=data.lanes, window=data.window, repeats=data.repeats),
-        view=views.train,
-        sizes=views.train_sizes,
-        mask=views.mask,
-        channels=data.channels,
-        batch_size=min(cfg.optim.batch_size, 256),
-        workers=num_workers(cfg.train.workers),
-        device=device or torch.device("cpu"),
-        label_maps=views.label_maps,
-        seconds=seconds,
-    )
+    with config.plugins(plugins):
+        found = loader_speed.measure(config.typed(Config, config.read(recipe, overrides)), seconds=seconds)
     click.echo(json.dumps(found.json(), indent=1) if as_json else found.text())
 
 

@@ -107,11 +107,11 @@ def _run(built: build.Built, found: Footprint, micro_batches: int, dtype: torch.
                 with _precision(dtype):
                     frozen_networks.write_targets({name: network}, batch)
                 found.parts[name].forward = (counted.get_total_flops() - before) / rows
-            start, inside, held = counted.get_total_flops(), _inside(counted), live.bytes
+            start, inside, held = counted.get_total_flops(), inner.operations, live.bytes
             with _precision(dtype):
                 loss = built.objective(batch, torch.zeros(()))["loss"]
             middle, found.activations = counted.get_total_flops(), live.bytes - held
-            inside = _inside(counted) - inside
+            inside = inner.operations - inside
             inner.gradients.clear()
             loss.sum().backward()
             end = counted.get_total_flops()
@@ -124,9 +124,19 @@ def _run(built: build.Built, found: Footprint, micro_batches: int, dtype: torch.
     found.peak = live.peak
 
 
+class Everywhere(contextlib.nullcontext[None]):
+    """Stands for the counter's own tracker of modules, whose hooks keep what recomputed blocks make."""
+
+    parents = frozenset({"Global"})
+
+
 def operations() -> FlopCounterMode:
-    """A context that counts the operations inside."""
-    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: convolution_backward})
+    """A context that counts the operations inside, all together."""
+    found: Any = FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten.convolution_backward: convolution_backward}
+    )
+    found.mod_tracker = Everywhere()
+    return found
 
 
 def convolution_backward(
@@ -148,14 +158,16 @@ class Inner(nn.Module):
         super().__init__()
         self.clock = clock  # operations so far
         self.inside = False
+        self.operations = 0
         self.gradients: list[int] = []  # when the gradients of what it returned were there
 
     def forward(self, method: Any, *args: Any, **kwargs: Any) -> Any:
-        self.inside = True
+        self.inside, began = True, self.clock()
         try:
             result = method(*args, **kwargs)
         finally:
             self.inside = False
+        self.operations += self.clock() - began
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
                 leaf.register_hook(lambda _: self.gradients.append(self.clock()))
@@ -221,11 +233,6 @@ def _parts(built: build.Built) -> dict[str, Part]:
 def _inner(objective: nn.Module) -> str:
     """Name of the network that an objective trains."""
     return "encoder" if getattr(objective, "encoder", None) is not None else "tokenizer"
-
-
-def _inside(counted: FlopCounterMode) -> int:
-    """Operations so far that were booked to the inner network."""
-    return sum(counted.get_flop_counts().get(Inner.__name__, {}).values())
 
 
 def _batch(built: build.Built, rows: int) -> Batch:

@@ -35,6 +35,7 @@ from mim import (
     launching,
     lease,
     optim,
+    out_of_memory,
     ranks,
     resume,
     sharding,
@@ -128,6 +129,8 @@ def prepare_and_fit(
     begins = checkpoint.step_of(resumed) if resumed is not None else 0
     attendant = Attendant(board, Status(run, name, rates.total_steps, begins), patience=patience, deadline=limit)
     at_exit.enter_context(attendant.attending())
+    sharded, watch = launching.is_sharded(accelerator, cfg.train), attendant.watchdog
+    at_exit.enter_context(out_of_memory.explained(cfg, dataset, sharded=sharded, where=lambda: watch.where))
 
     # ---- model and optimizer -----------------------------------------------------------------------------------------
     wrapped = launching.wrap(accelerator, built.objective, cfg)

@@ -76,6 +76,11 @@ class Watchdog:
     def step(self) -> int:
         return self._beat.step
 
+    @property
+    def where(self) -> str:
+        """What the main thread is doing."""
+        return self._beat.where
+
     # ---- of the attending thread -------------------------------------------------------------------------------------
 
     def poll(self) -> bool:

@@ -590,7 +590,7 @@ def test_the_exit_code_of_a_training_is_that_of_the_loop(mim, monkeypatch, code)
 
 def test_a_dry_run_is_a_plan(mim, monkeypatch):
     asked = []
-    monkeypatch.setattr("mim.plan.main", lambda *arguments, **options: asked.append((arguments, options)) or 0)
+    monkeypatch.setattr("mim.dry_run.main", lambda *arguments, **options: asked.append((arguments, options)) or 0)
     assert mim("train", "mae_vitb16_in1k", "optim.ema=0.9", "--dry-run", "--images", "1281167", "--json")[0] == 0
     assert asked == [(("mae_vitb16_in1k", ["optim.ema=0.9"]), {"images": 1281167, "as_json": True})]
 

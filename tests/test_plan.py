@@ -1,12 +1,12 @@
-"""The dry run: what a recipe comes to, with its data and tokenizer at hand or without, and nothing written."""
+"""The plan over hardware: hours from operations, what the command line keeps, and real steps beside predictions."""
 
 import json
 
 import pytest
 
-from mim import config, job, optim, plan, stopping
+from mim import config, devices, plan, stopping
 from mim.config import ConfigError
-from mim.data import shards as datasets
+from mim.plan import Wish
 
 
 @pytest.fixture
@@ -14,10 +14,10 @@ def write(recipe, tmp_path):
     """`write(objective, section__key=value)`: the path of a tiny recipe with changes."""
 
     def write(objective="mae", **changes):
-        sections = recipe(objective) | {"train": {"cpu": True, "workers": 0}}
+        sections = recipe(objective) | {"train": {"cpu": True, "workers": 0, "save_every": "10 steps"}}
         for key, value in changes.items():
             section, _, name = key.partition("__")
-            sections[section] = sections.get(section, {}) | ({name: value} if name else value)
+            sections[section] |= {name: value}
         path = tmp_path / f"{objective}.yaml"
         path.write_text(config.to_yaml(sections))
         return str(path)
@@ -27,168 +27,104 @@ def write(recipe, tmp_path):
 
 @pytest.fixture
 def planned(write, capsys):
-    """`planned(objective, images=..., section__key=value)`: the plan as programs read it."""
+    """`planned(wish, *overrides, section__key=value)`: the plan as programs read it."""
 
-    def run(objective="mae", images=None, **changes):
-        assert plan.main(write(objective, **changes), [], images=images, as_json=True) == stopping.DONE
+    def run(wish, *overrides, objective="mae", **changes):
+        assert plan.main(write(objective, **changes), list(overrides), wish, as_json=True) == stopping.DONE
         return json.loads(capsys.readouterr().out)
 
     return run
 
 
-def test_with_the_data_at_hand_the_start_lines_come_first_and_nothing_is_written(write, shards, tmp_path, capsys):
-    path = write(train__run=str(tmp_path / "run"))
-    assert plan.main(path, []) == stopping.DONE
-    said = capsys.readouterr()
-    num_images = len(datasets.Dataset.open(shards / "train"))
-    assert f"{num_images} images in" in said.err
-    assert "order: a full permutation" in said.err
-    assert f"epochs of {num_images} images = 2 steps" in said.out
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["mae.yaml"]
+def test_hours_follow_from_operations_rates_and_the_bytes_of_the_update(planned):
+    found = planned(Wish(gpu="h100", gpus=2, mfu=0.4), optim__length="3600 steps")
+    load, speed = found["memory"], found["speed"]
+    gradient = found["way"]["micro_batches"] * load["rows"] * load["flops"] / (0.4 * 989e12)
+    assert speed["seconds_per_step"] == pytest.approx(gradient + load["traffic"] / 3350e9)
+    assert found["hours"] == pytest.approx(speed["seconds_per_step"])
+    assert found["device_hours"] == pytest.approx(2 * found["hours"])
+    assert speed["images_per_s"] == pytest.approx(8 / speed["seconds_per_step"])
+    assert found["energy"]["kwh"] == pytest.approx(found["device_hours"] * 0.7 * plan.POWER_SHARE)
 
 
-def test_bytes_of_an_epoch_are_those_of_the_shards(planned, shards):
-    assert planned()["bytes_per_epoch"] == datasets.inspect(shards / "train")["num_bytes"]
-    assert planned(data__repeats=2)["bytes_per_epoch"] == round(datasets.inspect(shards / "train")["num_bytes"] / 2)
+def test_an_assumed_share_of_the_peak_says_so(planned):
+    assert "assumed for mae on an encoder of width 32" in planned(Wish(gpu="h100"))["speed"]["mfu_source"]
+    assert planned(Wish(gpu="h100", mfu=0.5))["speed"]["mfu_source"] == "given"
 
 
-def test_a_number_of_images_stands_for_data_that_is_not_there(planned):
-    found = planned(
-        images=1000,
-        data__path="/nowhere",
-        optim__length="10 epochs",
-        optim__warmup="1 epochs",
-        train__save_every="2 epochs",
+@pytest.mark.parametrize(("gpu", "precision"), [("h100", "bf16"), ("t4", "fp16")])
+def test_the_precision_that_a_gpu_is_fast_in_is_proposed(planned, gpu, precision):
+    assert planned(Wish(gpu=gpu))["way"]["precision"] == precision
+
+
+def test_what_the_command_line_sets_stays_and_what_the_recipe_sets_is_proposed_anew(planned):
+    found = planned(Wish(gpu="h100"), "train.precision=no", "optim.batch_size=16", train__micro_batches=4)
+    assert (found["way"]["precision"], found["way"]["micro_batches"]) == ("no", 1)
+    assert found["recipes_own"]["micro_batches"] == 4
+    assert planned(Wish(gpu="h100"), "train.micro_batches=4")["way"]["rows"] == 2
+    assert found["start"].endswith("mae.yaml optim.batch_size=16 train.precision=no train.micro_batches=1")
+
+
+def test_a_precision_that_a_gpu_lacks_is_refused(write):
+    with pytest.raises(ConfigError, match=r"train\.precision=bf16, which v100 does not have; choose fp16 or no"):
+        plan.main(write(), ["train.precision=bf16"], Wish(gpu="v100"))
+
+
+def test_checkpoints_are_counted_as_retention_keeps_them(planned):
+    found = planned(Wish(gpu="h100"), optim__length="95 steps", train__keep=3, train__keep_every="20 steps")
+    disk = found["checkpoints"]
+    state = found["memory"]["state"]
+    assert disk["one"] == state["weights"] + state["optimizer"]
+    assert (disk["written"], disk["kept"]) == (10, 7)  # 75 to 95 by 10 are the newest; 20, 40, 60, 80 stay besides
+    assert disk["most_bytes"] == disk["kept_bytes"] + disk["one"]
+    assert disk["written_bytes"] == 10 * disk["one"]
+
+
+def test_the_loader_needs_cores_for_the_images_of_a_device(planned):
+    speed = planned(Wish(gpu="h100", gpus=2, per_core=500.0))["speed"]
+    assert speed["loader"]["cores"] == pytest.approx(speed["images_per_s"] / 2 / 500)
+
+
+def test_epochs_without_data_need_the_number_of_images(write, planned):
+    changes = {"data__path": "/nowhere", "optim__length": "10 epochs"}
+    with pytest.raises(ConfigError, match=r"data\.path=/nowhere is not there, and optim\.length='10 epochs'"):
+        plan.main(write(**changes), [], Wish(gpu="h100"))
+    assert planned(Wish(gpu="h100", images=800), **changes)["length"]["steps"] == 1000
+
+
+def test_a_device_of_unknown_speed_is_measured_or_refused(write):
+    with pytest.raises(ConfigError, match=r"nobody has told what cpu reaches.*--measure"):
+        plan.main(write(), [], Wish())
+    with pytest.raises(ConfigError, match=r"--measure takes its steps on what this machine has"):
+        plan.main(write(), [], Wish(gpu="h100", measure=True))
+
+
+@pytest.mark.parametrize("objective", ["mae", "beit", "tokenize"])
+def test_real_steps_calibrate_the_plan(planned, objective, monkeypatch):
+    monkeypatch.setattr("mim.rehearsal.SIDE", {"cpu": 64})
+    found = planned(Wish(measure=True, per_core=1.0), objective=objective, optim__ema=0.9)
+    measured, speed = found["measured"], found["speed"]
+    assert (measured["steps"], measured["rows"], measured["device"]) == (20, 8, "cpu")
+    assert speed["seconds_per_step"] == pytest.approx(measured["gradient"] + measured["update"])
+    assert measured["mfu"] == pytest.approx(
+        8 * found["memory"]["flops"] / (measured["gradient"] * measured["peak_flops"])
     )
-    assert (found["images"], found["bytes_per_epoch"]) == (1000, None)
-    assert found["length"] == {"steps": 1250, "images": 10_000, "epochs": 10.0, "steps_per_epoch": 125.0}
-    assert (found["warmup_steps"], found["every"]["save"]) == (125, 250)
+    assert measured["predicted_held"] == found["memory"]["total"]
+    assert found["device"]["name"] == devices.CPU
+    assert found["energy"] is None
 
 
-@pytest.mark.parametrize(
-    ("changes", "key"),
-    [
-        ({"optim__length": "10 epochs"}, "optim.length='10 epochs'"),
-        ({"train__log_every": "1 epochs", "train__save_every": "9 steps"}, "train.log_every='1 epochs'"),
-        ({"train__save_every": "9 steps", "evals": {"knn": {"every": "2 epochs"}}}, "evals.knn.every='2 epochs'"),
-    ],
-)
-def test_epochs_of_data_that_is_not_there_are_refused_with_the_remedy(write, changes, key):
-    with pytest.raises(ConfigError) as error:
-        plan.main(write(data__path="/nowhere", **changes), [])
-    assert f"data.path=/nowhere is not there, and {key} counts its epochs" in str(error.value)
-    assert "--images 1281167" in str(error.value)
-
-
-def test_steps_need_neither_data_nor_its_size(planned):
-    found = planned(data__path="/nowhere", train__save_every="1 steps")
-    assert found["length"] == {"steps": 2, "images": 16, "epochs": None, "steps_per_epoch": None}
-
-
-def test_a_tokenizer_that_is_not_trained_yet_is_planned_from_its_recipe(write, capsys):
-    section = {"recipe": "dvae_small_cifar10", "path": "runs/none"}
-    path = write("beit", tokenizer=section, objective__num_codes=512, encoder__patch_size=4)
-    plan.main(path, [], as_json=True)
-    said = capsys.readouterr()
-    assert "no trained tokenizer yet: planned from its recipe dvae_small_cifar10" in said.err
-    found = json.loads(said.out)
-    assert found["parts"]["tokenizer"]["forward"] > 0
-    assert found["memory"]["frozen"] > 0
-
-
-def test_a_teacher_that_is_not_trained_yet_is_planned_from_its_recipe(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # whatever runs/ holds here
-    assert plan.main("vqkd_mae_cifar10", [], images=1000, as_json=True) == stopping.DONE
-    said = capsys.readouterr()
-    assert "no trained teacher yet: planned from its recipe mae_vittiny_cifar10" in said.err
-    parts = json.loads(said.out)["parts"]
-    assert parts["teacher"]["forward"] > 0
-    assert (parts["teacher"]["trained"], parts["teacher"]["backward"]) == (0, 0)
-
-
-def test_the_weights_of_a_timm_teacher_are_not_fetched_for_a_plan(capsys, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    small = ["teacher.model=resnet10t", "data.image_size=32", "encoder.patch_size=8", "encoder.depth=1"]
-    assert plan.main("classify_deits16_in1k", [*small, "train.cpu=true"], images=1000, as_json=True) == stopping.DONE
-    said = capsys.readouterr()
-    assert "no trained teacher yet: planned from its timm model resnet10t" in said.err
-    assert json.loads(said.out)["parts"]["teacher"]["forward"] > 0
-
-
-def test_a_frozen_network_without_path_and_recipe_is_refused():
-    with pytest.raises(ConfigError, match=r"teacher\.path is missing"):
-        plan.main("vqkd_mae_cifar10", ["teacher.path=null", "teacher.recipe=null"], images=1000)
-
-
-def test_a_trained_tokenizer_is_the_one_that_is_planned(planned, saved_tokenizer):
-    described = json.loads((saved_tokenizer / "tokenizer.json").read_text())
-    assert described["config"]["num_codes"] == 16
-    assert planned("beit")["parts"]["tokenizer"]["parameters"] < 100_000  # the recipe that it names has more
-
-
-def test_rates_are_those_of_the_loop(planned, write):
-    found = planned(
-        optim__length="100 steps", optim__warmup="10 steps", optim__min_lr=1e-5, optim__weight_decay_end=0.2
-    )
-    rates = optim.resolve(config.typed(job.Config, config.read(write())).optim, 1)
-    named = {name: (value["step"], value["lr"]) for name, value in found["lr"].items()}
-    assert named["start"] == (0, pytest.approx(1e-4))
-    assert named["end of warm-up"] == (10, pytest.approx(rates.lr))
-    assert named["half"] == (50, pytest.approx(1e-5 + (1e-3 - 1e-5) * 0.5791, rel=1e-3))  # (1 + cos(pi * 40 / 89)) / 2
-    assert named["end"] == (99, pytest.approx(1e-5))
-    assert found["weight_decay"] == pytest.approx([0.05, 0.2])
-    assert found["lr_curve"][0] == named["start"][1]
-    assert found["lr_curve"][-1] == named["end"][1]
-
-
-def test_layer_decay_tells_the_range_of_the_rates(planned):
-    assert planned(optim__layer_decay=0.5)["lr_scale"] == [0.125, 1.0]  # stem, two blocks, head
-    assert planned()["lr_scale"] == [1.0, 1.0]
-
-
-def test_the_batch_is_resolved_into_micro_batches(planned, monkeypatch):
-    found = planned(train__micro_batches=3)
-    assert found["batch"] == {"size": 8, "ranks": 1, "micro_batches": 3, "rows": 3}
-    assert found["flops"] == pytest.approx(16 * found["flops_per_image"])
-
-
-def test_the_plot_rises_to_the_peak_and_falls(planned):
-    found = planned(optim__length="100 steps", optim__warmup="50 steps")
-    drawn = list(plan.rate_lines(found))[: plan.ROWS]
-    heights = [sum(line[12:].ljust(plan.COLUMNS)[column] == "█" for line in drawn) for column in range(plan.COLUMNS)]
-    assert heights.index(max(heights)) in range(27, 31)
-    assert heights[: heights.index(max(heights))] == sorted(heights[: heights.index(max(heights))])
-    assert drawn[0].lstrip().startswith("0.001 |")
-    assert heights[-1] == 0
-
-
-def test_a_device_that_is_too_small_needs_more_micro_batches(planned):
-    found = planned(images=64, optim__batch_size=65536, encoder__width=768, encoder__depth=12, encoder__num_heads=12)
-    fits = found["fits"]
-    assert 1 < fits["24"] < fits["16"] <= 65536
-    assert found["memory"]["total"] > 24 * 2**30
-
-
-def test_the_text_tells_what_the_numbers_are(write, capsys):
-    plan.main(write(optim__ema=0.99, optim__clip_grad=3.0, optim__name="lion"), [])
+def test_the_text_tells_what_the_numbers_rest_on(write, capsys):
+    plan.main(write(), ["train.shard=true"], Wish(gpu="a100", gpus=8))
     said = capsys.readouterr().out
     for words in (
-        "mae: mae on vit\n",
-        "16 patches, 8 masked, 8 visible, 9 in the encoder, 17 in the decoder / head",
-        "batch 8 = 1 rank x 1 micro-batch of 8",
-        "lion betas [0.9, 0.99], average of the weights 0.99, gradient clipped at norm 3",
-        "every: log 50 steps (1 times), save ",
-        "train.micro_batches that fit about: 16 GiB with 1, ",
+        "mae: mae on 8 x a100 (80 GiB, 312 TFLOP/s in bf16; NVIDIA data sheet A100 80GB, SXM, 2021)",
+        "proposed: train.precision=bf16 train.micro_batches=1 train.shard=true (FSDP2, batch 8 in micro-batches of 1)",
+        "  the recipe alone: train.precision=no",
+        "a tenth and 1 GiB stay free",
+        "not measured",
+        "8 x 400 W x 0.8 (assumed)",
+        "images/s per core\n  assumed: ImageNet JPEGs",
+        "start: torchrun --nproc_per_node 8 -m mim train",
     ):
         assert words in said
-
-
-def test_no_precision_needs_no_quotes(write, capsys):
-    """YAML makes False of a bare no."""
-    assert plan.main(write(), ["train.precision=no"], as_json=True) == stopping.DONE
-    assert json.loads(capsys.readouterr().out)["memory"]["precision"] == "no"
-
-
-def test_a_precision_that_is_unknown_is_refused(write):
-    with pytest.raises(ConfigError, match=r"train\.precision='half' is unknown; choose no, bf16 or fp16"):
-        plan.main(write(), ["train.precision=half"])

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from click.testing import CliRunner
 
 import tokenizer as tokenizers
-from mim import build, make_tokens, plan, stopping, train
+from mim import build, dry_run, make_tokens, stopping, train
 from mim.__main__ import cli
 from mim.config import ConfigError, to_yaml
 from mim.contracts import DataError
@@ -461,7 +461,7 @@ def test_an_evaluation_without_the_tokenizer_is_refused_and_others_are_not(datas
 
 def test_a_plan_of_a_cached_run_counts_no_tokenizer(recipe, cache, capsys):
     def planned(*overrides):
-        assert plan.main(recipe, list(overrides), as_json=True) == stopping.DONE
+        assert dry_run.main(recipe, list(overrides), as_json=True) == stopping.DONE
         return json.loads(capsys.readouterr().out)
 
     cached, uncached = planned(f"tokens={cache}"), planned()
