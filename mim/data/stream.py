@@ -27,7 +27,8 @@ from mim.data.formats import DTYPES
 from mim.data.jitter import jitter_, jitter_crops_
 from mim.data.label_map import Pair, decode_label_map
 from mim.data.mixture import AnyDataset, AnyOrder, bad_samples
-from mim.data.order import MicroBatch, Place, Plan, Slots, key64, permutation, rng
+from mim.data.order import FULL_SHUFFLE_BELOW, MicroBatch, Place, Plan, Slots, key64, permutation, rng
+from mim.data.picks import keyed_picks
 from mim.data.prefetch import Prefetcher
 from mim.data.quarantine import Bad
 from mim.data.shards import Sample, locate
@@ -385,9 +386,13 @@ def evaluated(dataset: AnyDataset, *, limit: int | None = None, seed: int = 0) -
 
     Those that stand in the quarantine are not among them.
     """
-    samples = np.arange(len(dataset))
-    if limit is not None and limit < len(dataset):
-        samples = np.sort(permutation(len(dataset), "evaluate", seed)[:limit])
+    total = len(dataset)
+    if limit is None or limit >= total:
+        samples = np.arange(total)
+    elif total < FULL_SHUFFLE_BELOW:
+        samples = np.sort(permutation(total, "evaluate", seed)[:limit])
+    else:  # a permutation would take gigabytes
+        samples = np.array(keyed_picks(total, limit, f"evaluate/{seed}"), dtype=np.int64)
     return samples[~np.isin(samples, list(bad_samples(dataset)))]
 
 
