@@ -38,7 +38,7 @@ PER_SHARD = 1000  # entries
 MAX_LINKS = 50_000  # ext4 refuses a file more than 65,000 names
 BATCH, SIDE = 64, 32  # images of a loader, pixels
 TRAIN_BATCH = 16
-POLL = 0.25  # seconds between two looks at a training
+POLL = 1.0  # seconds between two looks at a training
 
 
 # ---- synthetic datasets --------------------------------------------------------------------------
@@ -94,6 +94,12 @@ def family(pid, children):
     """Memory of a process and of the workers of its loader; None when one of them has just ended."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         return {"main": memory(pid), "workers": [memory(child) for child in children]}
+
+
+def cpu_seconds(pid):
+    """What a process has computed so far; other work on the machine does not change it much."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def loader_workers(pid):
@@ -224,8 +230,8 @@ def follow_training(folder, path, *, steps, workers):
             time.sleep(POLL)
             entries = read_lines(log)
             taken = family(training.pid, loader_workers(training.pid))
-            if entries and taken:
-                points.append({"step": entries[-1]["step"], **taken})
+            if entries and taken and training.poll() is None:
+                points.append({"step": entries[-1]["step"], "cpu_s": cpu_seconds(training.pid), **taken})
                 bar.update(entries[-1]["step"] - bar.n)
     if training.returncode:
         raise SystemExit(f"the training ended with {training.returncode}; {folder}/run-{workers}.txt says why")
@@ -255,6 +261,8 @@ def summarize(entries, points, *, steps, workers):
     begin, end = ([ms[s] for s in ms if low < s <= low + steps // 10] for low in (0, steps - steps // 10))
     kept = [point for point in points if point["step"] > steps // 10 and len(point["workers"]) == workers]
     times = [point["step"] for point in kept]
+    steps_between, cpu = np.diff(times), 1e3 * np.diff([point["cpu_s"] for point in kept])
+    middles = (np.array(times[1:]) + np.array(times[:-1]))[steps_between > 0] / 2
     found = {
         "steps": steps,
         "workers": workers,
@@ -262,6 +270,7 @@ def summarize(entries, points, *, steps, workers):
         "ms_first_tenth": round(statistics.median(begin), 2),
         "ms_last_tenth": round(statistics.median(end), 2),
         "ms_per_1000_steps": slope([e["step"] for e in late], [ms[e["step"]] for e in late], 1000),
+        "cpu_ms_per_1000_steps": slope(middles, (cpu / np.maximum(steps_between, 1))[steps_between > 0], 1000),
         "data_wait": round(statistics.mean(entry["data_wait"] for entry in late), 4),
         "rss_first_last": [kept[0]["main"]["rss"], kept[-1]["main"]["rss"]],
         "rss_per_1000_steps": slope(times, [point["main"]["rss"] for point in kept], 1000),
