@@ -1,4 +1,4 @@
-"""What must not grow: the loader with the entries of its dataset, the loop with its steps. Bytes and counts."""
+"""What must not grow with the entries of a dataset: the loader. Bytes and counts, no times."""
 
 import gc
 import os
@@ -6,16 +6,11 @@ import tracemalloc
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from mim.data import stream
 from mim.data.mapped import MAX_MAPPED
 from mim.data.order import Order
-from mim.data.quarantine import Journal
 from mim.data.shards import Dataset, index_dtype
-from mim.data.stages import STAGES, Waiting
-from mim.guard import Config, Guard
-from mim.log import Averages
 
 MIB = 2**20
 
@@ -110,35 +105,3 @@ def test_choosing_samples_for_an_evaluation_takes_memory_for_those_alone():
     assert chosen.tolist() == stream.evaluated(Enormous(), limit=2000).tolist()
     assert chosen.tolist() != stream.evaluated(Enormous(), limit=2000, seed=1).tolist()
     assert traced.peak < MIB
-
-
-def loop_of(num_steps):
-    """What `fit` remembers of so many steps: guard, averages, journal and the wait for data."""
-    guard, averages, waiting = Guard(Config()), Averages(), Waiting(0)
-    guard.restore({})
-    journal = Journal({}, np.array([1000]), budget=0.1)
-    for step in range(1, num_steps + 1):
-        averages.add({"loss": torch.ones(4)}, torch.ones(4))
-        waiting.batch(0.0, dict.fromkeys(STAGES, 0.1), 4)
-        waiting.step(float(step))
-        guard.see(step, [f"shard.tar/{step}-{row}" for row in range(4)])
-        guard.close(torch.tensor(True), torch.tensor(1.0))
-        averages.add_step({"skipped": torch.tensor(False)}, 1)
-        journal.add(step, [{"sample": 7, "key": "a", "reason": "b", "substitute": "c"}])
-        if step % 10 == 0:
-            journal.collect(None, lambda found: found)
-            loss = averages.read(lambda sums: sums)["loss"]
-            guard.skipped()
-            assert guard.judge(step, loss) is None
-    return guard, averages, waiting, journal
-
-
-def test_what_the_loop_remembers_does_not_grow_with_its_steps():
-    loop_of(10)
-    found = {}
-    for num_steps in (400, 800):  # before, a window of log intervals and the samples of 100 steps are remembered
-        with Traced() as found[num_steps]:
-            remembered = loop_of(num_steps)
-        del remembered
-    assert found[400].blocks > 100
-    assert abs(found[800].blocks - found[400].blocks) < 30
