@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from mim.config import ConfigError
+from mim.data.cache import RemoteShard
 from mim.data.order import Order, Place, Recent, Slots, permutation
 from mim.data.quarantine import Bad, read_quarantine
 from mim.data.shards import Dataset, Sample
@@ -53,11 +54,6 @@ class Mixture:
         self.range = next(dataset.range for dataset in datasets if dataset.channels == self.channels)
         self._pool_statistics()
         self._first = np.cumsum([0] + [len(dataset.counts) for dataset in datasets])  # shard of each source, and end
-        self.remote_shards = {
-            int(first) + number: shard
-            for first, dataset in zip(self._first, datasets, strict=False)
-            for number, shard in dataset.remote_shards.items()
-        }
         self.cache = datasets[0].cache  # one for all: it is a setting of the machine
 
     def __len__(self) -> int:
@@ -94,6 +90,15 @@ class Mixture:
         if len(known) == len(grays):
             gray_mean, gray_std = pooled(known, self.shares)
             self.gray = {"mean": float(gray_mean), "std": float(gray_std)}
+
+    @property
+    def remote_shards(self) -> dict[int, RemoteShard]:
+        """Those of all sources that are no local files, by their number in the mixture."""
+        return {
+            int(first) + number: shard
+            for first, dataset in zip(self._first, self.datasets, strict=False)
+            for number, shard in dataset.remote_shards.items()
+        }
 
     def longest_read(self) -> float:
         """Seconds within which any read has succeeded or failed; 0 if all shards are local."""

@@ -33,7 +33,7 @@ from mim.config import ConfigError
 T = TypeVar("T")
 
 ALGORITHM = "lanes-1"  # in the identity: another way to order must carry another name
-FULL_SHUFFLE_BELOW = 10**7  # samples; one permutation of as many int64 is 80 MB per worker
+FULL_SHUFFLE_BELOW = 10**7  # samples; one permutation of as many is 40 MB per worker, 200 MB while it is made
 LANES, WINDOW = 64, 2048  # above it
 
 
@@ -100,9 +100,7 @@ class Order:
         self.chances = self.counts / self.num_samples  # of each shard to own a slot
         self._first_sample = np.cumsum(self.counts) - self.counts  # (shards,)
         self._shards: Recent[tuple[np.ndarray, np.ndarray]] = Recent(capacity=4)  # a batch straddles few epochs
-        self._windows: Recent[np.ndarray] = Recent(
-            capacity=2 * self.lanes + 2
-        )  # each lane in its window, or in the next one
+        self._windows: Recent[np.ndarray] = Recent(capacity=2 * self.lanes)  # each lane in its window, or in the next
 
     def locate(self, positions: Sequence[int] | np.ndarray) -> Slots:
         """Map positions of the endless stream to samples."""
@@ -116,7 +114,7 @@ class Order:
         for index, name in enumerate(names.T.tolist()):
             members = np.flatnonzero(group == index)
             start, permuted = self._window(*name)
-            virtual[members] = start + permuted[inside[members]]
+            virtual[members] = start + permuted[inside[members]].astype(np.int64)
         shard, row = np.empty_like(slot), np.empty_like(slot)
         for e in np.unique(epoch).tolist():
             members = np.flatnonzero(epoch == e)
@@ -131,7 +129,7 @@ class Order:
         start, permuted = self._window(epoch, lane, window)
         pick = key64("substitute", self.dataset_id, self.seed, epoch, lane, place, attempt)
         other = (inside + 1 + pick % max(len(permuted) - 1, 1)) % len(permuted)
-        (shard,), (row,) = self._stored(epoch, start + permuted[[other]])
+        (shard,), (row,) = self._stored(epoch, start + permuted[[other]].astype(np.int64))
         return Place(int(shard), int(row), int(self._first_sample[shard] + row))
 
     def find(self, samples: np.ndarray, epoch: int = 0) -> np.ndarray:
@@ -149,7 +147,7 @@ class Order:
         for name in set(zip(lane.tolist(), window.tolist(), strict=True)):
             members = np.flatnonzero((lane == name[0]) & (window == name[1]))
             permuted = self._window(epoch, *name)[1]
-            places = np.empty_like(permuted)
+            places = np.empty(len(permuted), dtype=np.int64)
             places[permuted] = np.arange(len(places))  # the inverse
             place[members] = name[1] * self.window + places[inside[members]]
         return epoch * self.num_samples + place * self.lanes + lane
@@ -188,13 +186,13 @@ class Order:
         return shard, virtual - (ends[at] - self.counts[shard])
 
     def _window(self, epoch: int, lane: int, window: int) -> tuple[int, np.ndarray]:
-        """Return where a window starts in the virtual sequence, and the permutation inside it."""
+        """Return where a window starts in the virtual sequence, and the permutation inside it, in the least bytes."""
         smallest, longer = divmod(self.num_samples, self.lanes)  # the first `longer` lanes have one sample more
         lane_size = smallest + (lane < longer)
         start = lane * smallest + min(lane, longer) + window * self.window
         size = min(self.window, lane_size - window * self.window)
         name = ("window", self.dataset_id, self.seed, epoch, lane, window)
-        return start, self._windows.get(name, lambda: permutation(size, *name))
+        return start, self._windows.get(name, lambda: permutation(size, *name).astype(np.min_scalar_type(size)))
 
     def _shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the shards of an epoch's virtual sequence in order, and the places where each of them ends."""

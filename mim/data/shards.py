@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import stat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +35,9 @@ from mim.data.checksum import crc32
 from mim.data.decode import MAX_BYTES
 from mim.data.formats import DTYPES
 from mim.data.location import check_storable, is_remote
+from mim.data.mapped import MAX_MAPPED, map_array
+from mim.data.order import Recent
+from mim.data.shard_table import ShardTable, location
 from mim.data.store import Store
 from mim.log import write_json
 
@@ -70,8 +75,8 @@ class Dataset:
     def __init__(self, path: Path, lock: dict[str, Any], *, cache: ShardCache | None = None):
         self.path = path
         self.id: str = lock["dataset_id"]
-        self.counts = np.array([shard["count"] for shard in lock["shards"]], dtype=np.int64)
-        self._ends = np.cumsum(self.counts)
+        self._shards = ShardTable(path, lock["shards"])
+        self.counts = self._shards.counts
         self.classes: list[str] | None = lock["schema"]["classes"]
         self.pixel_classes: list[str] | None = lock["schema"].get("pixel_classes")  # of label maps
         statistics = lock["statistics"]
@@ -81,20 +86,11 @@ class Dataset:
         self.channels = len(self.mean)  # 1 when every image is gray
         self.dtype: str = statistics.get("dtype", "uint8")  # of decoded pixels
         self.range: list[list[float]] = statistics.get("range") or [[0, DTYPES[self.dtype]]] * self.channels
-        self._files: list[str] = [shard["file"] for shard in lock["shards"]]
-        self._locations = [location(path, shard) for shard in lock["shards"]]
-        self._sizes: list[int] = [shard["size"] for shard in lock["shards"]]
-        self._proofs: list[str] = [shard.get("proof", "bytes") for shard in lock["shards"]]
         self.label_map_ending: str | None = lock["schema"]["members"].get("label_map", [None])[0]
         self._members = member_names(lock["schema"])
-        self._indices: dict[int, np.ndarray] = {}
-        self.remote_shards = {  # by their number
-            number: RemoteShard(url, shard["size"], shard["sha256"])
-            for number, (url, shard) in enumerate(zip(self._locations, lock["shards"], strict=True))
-            if is_remote(url)
-        }
+        self._indices: Recent[np.ndarray] = Recent(MAX_MAPPED)
         self.cache = cache or ShardCache()
-        self._store = Store(cache=self.cache, cached=self.remote_shards.values())
+        self._store = Store(cache=self.cache)
 
     @classmethod
     def open(cls, path: str | Path, *, cache_dir: str | Path | None = None, cache_limit: int | None = None) -> Dataset:
@@ -105,22 +101,27 @@ class Dataset:
         path = Path(path)
         lock = read_lock(path)
         for shard in lock["shards"]:
-            if is_remote(location(path, shard)):
+            file = location(path, shard)
+            if is_remote(file):
                 continue
-            file = Path(location(path, shard))
-            size = file.stat().st_size if file.is_file() else None
+            size = _size_of(file)
             if size != shard["size"]:
                 fact = "is missing" if size is None else f"has {size} bytes instead of {shard['size']}"
-                raise DataError(f"{file} {fact}; copy the dataset again")
+                raise DataError(f"{Path(file)} {fact}; copy the dataset again")
         return cls(path, lock, cache=ShardCache(cache_dir, limit=cache_limit))
 
     def __len__(self) -> int:
         return int(self.counts.sum())
 
+    @property
+    def remote_shards(self) -> dict[int, RemoteShard]:
+        """Those that are no local files, by their number."""
+        return {number: self._shards.remote_shard(number) for number in np.flatnonzero(self._shards.remote).tolist()}
+
     def longest_read(self) -> float:
         """Seconds within which any read has succeeded or failed, a wait for another process included; 0 if local."""
-        largest = max((shard.size for shard in self.remote_shards.values()), default=None)
-        return 0.0 if largest is None else 2 * self.cache.remote.patience.until(largest)
+        sizes = self._shards.sizes[self._shards.remote]
+        return 2 * self.cache.remote.patience.until(int(sizes.max())) if len(sizes) else 0.0
 
     def map_range(self, value_range: list[list[float]]) -> None:
         """Let other raw values, [low, high] per channel, become 0 and 1; the statistics follow.
@@ -143,17 +144,19 @@ class Dataset:
 
         A damaged copy in the cache is fetched again, once. label_map: read that too, where samples have one.
         """
+        place = self._place(shard)
+        record = self.record(shard, row, label_map=label_map)
         try:
-            return self.read_with(self._store, shard, row, label_map=label_map)
+            return self.unpack(record, self._store.pread(place, record.start, record.end - record.start))
         except DataError:
-            if not self._store.recheck(self._locations[shard]):
+            if not self._store.recheck(place):
                 raise
-            return self.read_with(self._store, shard, row, label_map=label_map)
+            return self.unpack(record, self._store.pread(place, record.start, record.end - record.start))
 
     def read_with(self, store: Store, shard: int, row: int, *, label_map: bool = False) -> Sample:
         """`read` through a store of the caller's own, for a few samples of a shard that may be far away."""
         record = self.record(shard, row, label_map=label_map)
-        return self.unpack(record, store.pread(self._locations[shard], record.start, record.end - record.start))
+        return self.unpack(record, store.pread(self.location(shard), record.start, record.end - record.start))
 
     def record(self, shard: int, row: int, *, label_map: bool = False) -> Record:
         """Look a sample up in the index, with its label map when asked. Raises DataError when that cannot be true."""
@@ -163,9 +166,9 @@ class Dataset:
             members.pop("label_map", None)
         start = min([offset for offset, _, _ in members.values()]) - tar.BLOCK
         end = max([offset + size for offset, size, _ in members.values()])
-        if not (0 <= start <= end <= self._sizes[shard] and end - start <= MAX_SPAN):
+        if not (0 <= start <= end <= self._shards.sizes[shard] and end - start <= MAX_SPAN):
             raise DataError(
-                f"{self._locations[shard]}, row {row}: the index is wrong, it leaves the shard; copy the dataset again"
+                f"{self.location(shard)}, row {row}: the index is wrong, it leaves the shard; copy the dataset again"
             )
         return Record(shard, key, start, end, members)
 
@@ -173,7 +176,7 @@ class Dataset:
         """Verify the bytes that a record spans and take them apart. Raises DataError on any difference from it."""
         shard, start = record.shard, record.start
         key = self._key(record, start, data[: tar.BLOCK])
-        where = f"{self._locations[shard]}, sample {key!r}"
+        where = f"{self.location(shard)}, sample {key!r}"
         if key_hash(key) != record.key_hash:
             raise DataError(f"{where}: the header differs from the index; the shard is damaged, copy it again")
         view, content = memoryview(data), {}
@@ -181,7 +184,7 @@ class Dataset:
             member = name.replace("_", " ")
             at = offset - start  # of the member in `data`
             content[name] = view[at : at + size]
-            if self._proofs[shard] == "headers":
+            if self._shards.headers_only[shard]:
                 header = data[at - tar.BLOCK : at]
                 of = self._key(record, offset - tar.BLOCK, header)
                 if tar.parse(header, where, offset - tar.BLOCK)[0] != size or key_hash(of) != record.key_hash:
@@ -193,17 +196,17 @@ class Dataset:
                     f"{where}: CRC32 of the {member} differs from the index; the shard is damaged, copy it again"
                 )
         label = self._label(bytes(content["label"]), where) if "label" in content else None
-        return Sample(f"{self._files[shard]}/{key}", content["image"], label, content.get("label_map"))
+        return Sample(f"{self._shards.files[shard]}/{key}", content["image"], label, content.get("label_map"))
 
     def image_ending(self, shard: int, row: int) -> str:
         """The ending of a sample's image member, as it is spelled."""
         record = self.record(shard, row)
         start = record.members["image"][0] - tar.BLOCK
-        return split_name(self._name(record, start, self._store.pread(self._locations[shard], start, tar.BLOCK)))[1]
+        return split_name(self._name(record, start, self._store.pread(self._place(shard), start, tar.BLOCK)))[1]
 
     def locate(self, sample: int) -> tuple[int, int]:
         """(shard, row) of a sample by its number in the order of the lock."""
-        shard, row = locate(self._ends, sample)
+        shard, row = locate(self._shards.ends, sample)
         return int(shard), int(row)
 
     def _key(self, record: Record, start: int, header: bytes) -> str:
@@ -216,7 +219,7 @@ class Dataset:
         if key_hash(split_name(name)[0]) == record.key_hash:
             return name
         before = max(0, start - tar.MAX_EXTENSION - tar.BLOCK)
-        extension = self._store.pread(self._locations[record.shard], before, start - before) if start else b""
+        extension = self._store.pread(self._place(record.shard), before, start - before) if start else b""
         return tar.long_name_before(extension) or name
 
     def _label(self, raw: bytes, where: str) -> int:
@@ -227,36 +230,43 @@ class Dataset:
 
     def location(self, shard: int) -> str:
         """Where the bytes of a shard lie."""
-        return self._locations[shard]
+        return self._shards.locations[shard]
+
+    def _place(self, shard: int) -> str | RemoteShard:
+        """What the store reads: a local file, or a remote shard through the cache."""
+        return self._shards.remote_shard(shard) if self._shards.remote[shard] else self.location(shard)
 
     def index(self, shard: int) -> np.ndarray:
         """The index of a shard, mapped: one row per sample, of `index_dtype`."""
-        if shard not in self._indices:
-            file = (self.path / self._files[shard]).with_suffix(".npy")
-            try:
-                index = np.load(file, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError) as error:
-                raise DataError(f"{file} is missing or no index ({error}); copy the dataset again") from error
-            if index.dtype != index_dtype(self._members) or index.shape != (self.counts[shard],):
-                raise DataError(f"{file} does not belong to the {self.counts[shard]} samples of its shard")
-            self._indices[shard] = index.view(np.ndarray)  # still mapped; rows of a memmap are slow to take
-        return self._indices[shard]
+        return self._indices.get((shard,), lambda: self._open_index(shard))
+
+    def _open_index(self, shard: int) -> np.ndarray:
+        file = (self.path / self._shards.files[shard]).with_suffix(".npy")
+        try:
+            index = map_array(file)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{file} is missing or no index ({error}); copy the dataset again") from error
+        if index.dtype != index_dtype(self._members) or index.shape != (self.counts[shard],):
+            raise DataError(f"{file} does not belong to the {self.counts[shard]} samples of its shard")
+        return index
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_indices": {}}
-
-
-def location(path: Path, shard: dict[str, Any]) -> str:
-    """Where the bytes of a shard of the lock lie. A local path is written so that it cannot look like an URL."""
-    if shard.get("url"):
-        return shard["url"]
-    return f"{path}/{shard['file']}" if path.is_absolute() else f"./{path}/{shard['file']}"
+        return self.__dict__ | {"_indices": Recent(MAX_MAPPED)}
 
 
 def locate(ends: np.ndarray, samples: Any) -> tuple[Any, Any]:
     """Shard and row of a sample, or of an array of them, where shard i ends before sample `ends[i]`."""
     shard = np.searchsorted(ends, samples, side="right")
     return shard, samples - np.where(shard > 0, ends[shard - 1], 0)
+
+
+def _size_of(file: str) -> int | None:
+    """Bytes of a regular file; None when there is none."""
+    try:
+        found = os.stat(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 def is_dataset(path: str | Path) -> bool:
@@ -318,10 +328,15 @@ def read_lock(path: Path) -> dict[str, Any]:
         )
     if lock["dataset_id"] != dataset_id(lock["shards"], lock["schema"]):
         raise DataError(f"{file} was changed: its dataset_id is not that of its shards; copy or make the dataset again")
-    if strange := [shard["file"] for shard in lock["shards"] if Path(shard["file"]).name != shard["file"]]:
+    if strange := [shard["file"] for shard in lock["shards"] if not _is_plain(shard["file"])]:
         raise DataError(f"{file} names {strange[0]!r}, which is not a file of its own folder")
     _check_locations(file, lock)
     return lock
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name is that of a file in its own folder. `Path` would take a second for 10^5 names."""
+    return os.path.basename(name) == name and name not in ("", ".", "..")
 
 
 def write_lock(path: Path, lock: dict[str, Any]) -> None:

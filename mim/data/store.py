@@ -1,7 +1,7 @@
 """Where the bytes of a shard come from: positioned reads of local files and of remote objects.
 
 A location is a local path or an URL of `mim.data.location.SCHEMES`. Local files are read in place, remote objects by
-range, unless they are shards for which a cache was given: those are downloaded whole, once per node. Local `pread`
+range. A `RemoteShard` in its place is read through the cache: downloaded whole, once per node. Local `pread`
 moves no file offset, so a descriptor may be inherited by a forked worker and read from both sides. A pickled store
 arrives empty and opens its own descriptors and connections.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import stat
 from collections import OrderedDict
-from collections.abc import Iterable
 from typing import Any
 
 from mim.contracts import DataError, StorageError
@@ -29,23 +28,22 @@ class Store:
         max_open: int = 128,  # well below the usual limit of 1024 descriptors per process
         patience: Patience | None = None,
         *,
-        cache: ShardCache | None = None,
-        cached: Iterable[RemoteShard] = (),  # what is read through `cache`
+        cache: ShardCache | None = None,  # that remote shards are read through
     ):
         self.max_open = max_open
         self.remote = Remote(patience)
         self.cache = cache
-        self.cached = {shard.url: shard for shard in cached}
         self._descriptors: OrderedDict[str, int] = OrderedDict()  # least recently used first
 
-    def pread(self, location: str, offset: int, size: int) -> bytes:
-        """Return exactly `size` bytes from `offset`.
+    def pread(self, location: str | RemoteShard, offset: int, size: int) -> bytes:
+        """Return exactly `size` bytes from `offset`; of a `RemoteShard` through the cache, of an URL by range.
 
         Raises DataError when the file is shorter or (remote) was overwritten, StorageError when a disk or a server
         fails until the deadline, ConfigError for a location that is refused.
         """
-        if self.cache is not None and location in self.cached:
-            return self.cache.pread(self.cached[location], offset, size)
+        if isinstance(location, RemoteShard):
+            assert self.cache is not None
+            return self.cache.pread(location, offset, size)
         if location not in self._descriptors and is_remote(location):
             return self.remote.pread(location, offset, size)
         try:
@@ -69,9 +67,9 @@ class Store:
             raise DataError(f"{location} is not a regular file")
         return found.st_size
 
-    def recheck(self, location: str) -> bool:
+    def recheck(self, location: str | RemoteShard) -> bool:
         """Look again at a shard whose bytes contradict its index; say whether another read may give others."""
-        return self.cache is not None and location in self.cached and self.cache.recheck(self.cached[location])
+        return isinstance(location, RemoteShard) and self.cache is not None and self.cache.recheck(location)
 
     def close(self) -> None:
         """Close all descriptors and connections; the next read opens them again."""

@@ -10,6 +10,7 @@ quarter of the transport.
 from __future__ import annotations
 
 import functools
+import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Union
@@ -27,7 +28,8 @@ from mim.data.formats import DTYPES
 from mim.data.jitter import jitter_, jitter_crops_
 from mim.data.label_map import Pair, decode_label_map
 from mim.data.mixture import AnyDataset, AnyOrder, bad_samples
-from mim.data.order import MicroBatch, Place, Plan, Slots, key64, permutation, rng
+from mim.data.order import FULL_SHUFFLE_BELOW, MicroBatch, Place, Plan, Slots, key64, permutation, rng
+from mim.data.picks import keyed_picks
 from mim.data.prefetch import Prefetcher
 from mim.data.quarantine import Bad
 from mim.data.shards import Sample, locate
@@ -385,9 +387,13 @@ def evaluated(dataset: AnyDataset, *, limit: int | None = None, seed: int = 0) -
 
     Those that stand in the quarantine are not among them.
     """
-    samples = np.arange(len(dataset))
-    if limit is not None and limit < len(dataset):
-        samples = np.sort(permutation(len(dataset), "evaluate", seed)[:limit])
+    total = len(dataset)
+    if limit is None or limit >= total:
+        samples = np.arange(total)
+    elif total < FULL_SHUFFLE_BELOW:
+        samples = np.sort(permutation(total, "evaluate", seed)[:limit])
+    else:  # a permutation would take gigabytes
+        samples = np.array(keyed_picks(total, limit, f"evaluate/{seed}"), dtype=np.int64)
     return samples[~np.isin(samples, list(bad_samples(dataset)))]
 
 
@@ -445,6 +451,12 @@ def _fresh(shape: tuple[int, ...], dtype: str) -> Tensor:
     return torch.from_numpy(np.empty(shape, dtype))
 
 
+def _begin_worker(number: int) -> None:
+    """Leave what came from the main process to it: a collection would write to all of it, and copy 30 MB a worker."""
+    gc.freeze()
+    stay_until_told(number)
+
+
 def in_order(
     source: torch_data.Dataset[Batch], indices: Iterable[Any], workers: int, pin_memory: bool, timeout: float
 ) -> torch_data.DataLoader[Batch]:
@@ -457,6 +469,6 @@ def in_order(
         prefetch_factor=PREFETCH if workers else None,
         pin_memory=pin_memory,
         timeout=timeout if workers else 0,
-        worker_init_fn=stay_until_told,
+        worker_init_fn=_begin_worker,
         generator=torch.Generator(),  # its own: starting an epoch must not advance the model's random state
     )

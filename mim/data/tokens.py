@@ -33,7 +33,8 @@ from torch.utils import data as torch_data
 
 from mim.config import ConfigError, difference
 from mim.contracts import Batch, DataError
-from mim.data.order import Place, Slots, key64
+from mim.data.mapped import MAX_MAPPED, map_array
+from mim.data.order import Place, Recent, Slots, key64
 from mim.data.shards import locate
 from mim.data.stream import Renderer
 from mim.log import aside
@@ -68,7 +69,8 @@ class TokenCache:
         self.tokenizer = TokenizerFacts(**lock["tokenizer"])
         self._shards: list[dict[str, Any]] = lock["shards"]
         self._ends = np.cumsum([shard["count"] for shard in self._shards])
-        self._files: dict[int, np.ndarray] = {}
+        self._files: Recent[np.ndarray] = Recent(MAX_MAPPED)
+        self._proven: set[int] = set()
 
     @classmethod
     def open(cls, path: Path | str) -> TokenCache:
@@ -119,25 +121,28 @@ class TokenCache:
 
     def _file(self, shard: int) -> np.ndarray:
         """The codes of a shard (samples, K, draws, N), mapped; its bytes are proven once."""
-        if shard not in self._files:
-            entry, file = self._shards[shard], self.path / self._shards[shard]["file"]
+        return self._files.get((shard,), lambda: self._open_file(shard))
+
+    def _open_file(self, shard: int) -> np.ndarray:
+        entry, file = self._shards[shard], self.path / self._shards[shard]["file"]
+        if shard not in self._proven:
             found = hash_of(file)
             if found != entry["sha256"]:
                 raise DataError(f"{file} is damaged: its sha256 is {found}, {LOCK} says {entry['sha256']}; {AGAIN}")
-            try:
-                codes = np.load(file, mmap_mode="r", allow_pickle=False)
-            except ValueError as error:
-                raise DataError(f"{file} is no array of codes ({error}); {AGAIN}") from error
-            h, w = self.binding["grid"]
-            shape = (entry["count"], self.binding["views"], self.binding["repeats"], h * w)
-            dtype = code_dtype(self.tokenizer.num_codes)
-            if codes.shape != shape or codes.dtype != dtype:
-                raise DataError(f"{file} holds {codes.dtype} {codes.shape}, {LOCK} says {dtype} {shape}; {AGAIN}")
-            self._files[shard] = codes.view(np.ndarray)  # still mapped; rows of a memmap are slow to take
-        return self._files[shard]
+            self._proven.add(shard)
+        try:
+            codes = map_array(file)
+        except ValueError as error:
+            raise DataError(f"{file} is no array of codes ({error}); {AGAIN}") from error
+        h, w = self.binding["grid"]
+        shape = (entry["count"], self.binding["views"], self.binding["repeats"], h * w)
+        dtype = code_dtype(self.tokenizer.num_codes)
+        if codes.shape != shape or codes.dtype != dtype:
+            raise DataError(f"{file} holds {codes.dtype} {codes.shape}, {LOCK} says {dtype} {shape}; {AGAIN}")
+        return codes
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_files": {}}
+        return self.__dict__ | {"_files": Recent(MAX_MAPPED), "_proven": set()}
 
 
 class EveryView(torch_data.Dataset[Batch]):
