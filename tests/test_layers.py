@@ -10,6 +10,7 @@ LEVELS = [
     {
         "tokenizer",
         "mim.patches",
+        "mim.patch_statistics",
         "mim.masking",
         "mim.schedules",
         "mim.initialization",
@@ -21,7 +22,7 @@ LEVELS = [
     {"mim.blocks"},
     {"mim.contracts", "mim.config", "mim.log", "mim.backbone", "mim.survey", "mim.batch_norm", "mim.save_stages"}
     | {"mim.agreement", "mim.requeue"},
-    {"mim.segmentation_heads", "mim.meeting", "mim.attention_maps"},
+    {"mim.segmentation_heads", "mim.meeting", "mim.attention_maps", "mim.drawing"},
     {"mim.data", "mim.encoders", "mim.optim"},
     {"mim.objectives", "mim.ranks", "mim.tracker_kinds"},
     {"mim.snapshot", "mim.lease", "mim.trackers", "mim.guard"},
@@ -36,7 +37,7 @@ LEVELS = [
     {"mim.feature_cache", "mim.judged"},
     {"mim.bank_writer"},
     {"mim.features", "mim.experiment", "mim.footprint"},
-    {"mim.codes", "mim.probes", "mim.model_card"},
+    {"mim.codes", "mim.probes", "mim.model_card", "mim.subjects", "mim.unmasking"},
     {"mim.sweep", "mim.export_folder", "mim.hub"},
     {"mim.timm_head"},
     {"mim.timm_folder"},
