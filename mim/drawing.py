@@ -109,7 +109,7 @@ def scatter(
 ) -> Image.Image:
     """Values of every column as dots over 1, 2, ..., with a line through their means; the scale starts at 0."""
     width, height = size
-    left, top, right, bottom = 48, 2 * LETTERS + 2 * GAP, width - 12, height - 36
+    left, top, right, bottom = 48, 3 * LETTERS + 3 * GAP, width - 12, height - 36
     ticks = _ticks(max((max(column) for column in columns), default=1.0))
     sheet = Image.new("RGB", size, GROUND)
     pen = ImageDraw.Draw(sheet)

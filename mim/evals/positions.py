@@ -67,8 +67,9 @@ def _similarities(vectors: Tensor, grid: tuple[int, int], tile: int) -> Image.Im
     """The tiles of all patches."""
     h, w = grid
     maps = similarities(vectors, grid).cpu()
-    rows = [[picture(heat(maps[i, j], SIGNED, top=1.0), tile) for j in range(w)] for i in range(h)]
-    return table(rows, title=f"cosine similarity of {h}x{w} positions, -1 blue, 1 red")
+    low = float(maps.min())
+    rows = [[picture(heat(maps[i, j] - low, top=1 - low), tile) for j in range(w)] for i in range(h)]
+    return table(rows, title=f"cosine similarity of {h}x{w} positions, from {low:.2f} (dark) to 1")
 
 
 def _biases(backbone: Any) -> dict[str, tuple[Tensor, tuple[int, int]]]:
