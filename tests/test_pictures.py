@@ -1,6 +1,8 @@
 """`mim eval attention` and the other pictures, on a run, an export, a timm name, files and shards."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from mim import config
+from mim.__main__ import pairs
 from mim.config import ConfigError
 from mim.drawing import Animation, _ticks, heat, table
 from mim.evals import attention, distance, filters, positions
@@ -132,3 +136,16 @@ def test_an_animation_is_written_whole(tmp_path):
 def test_what_has_no_pixels_to_filter_is_refused(loaded_run):
     with pytest.raises(ConfigError, match="trains a tokenizer"):
         dict(filters.run(loaded_run("tokenize"), filters.Config()))
+
+
+def test_the_page_of_pictures_names_commands_options_and_functions_that_exist(loaded_run):
+    page = (Path(__file__).parent.parent / "docs/pictures.md").read_text()
+    commands = [shlex.split(line) for line in re.findall(r"^    mim eval (\w+ runs.+)", page, re.MULTILINE)]
+    assert {command[0] for command in commands} == {*"attention pca filters positions distance reconstruction".split()}
+    for name, _, *rest in commands:
+        options = tuple(argument for argument in rest if "=" in argument)
+        config.component("mim.evals", {"name": name, **pairs(options)}, "eval")
+    (block,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    namespace = {"loaded": loaded_run("mae"), "images": torch.rand(2, 3, 32, 32)}
+    exec(compile(block, "docs/pictures.md", "exec"), namespace)
+    assert namespace["far"].shape == (2, 2)
