@@ -57,7 +57,7 @@ def test_another_picture_of_the_same_name_is_replaced_only_when_told_so(mim, tmp
     assert shown(mim, *command, "num=4") == first  # the same is no other
     code, _, err = mim("eval", *command, "num=5")
     assert code == 2
-    assert "is another picture; choose another folder with --out, or replace it with --force" in err
+    assert "is another picture; write to another folder with --out, or add --force to replace it" in err
     assert shown(mim, *command, "num=5", "--force") == first
 
 
