@@ -27,7 +27,8 @@ def from_visible(patches: Tensor, mask: Tensor, grid: tuple[int, int]) -> tuple[
     h, w = grid
     rows, columns = torch.meshgrid(*(torch.arange(n, device=patches.device) for n in grid), indexing="ij")
     places = torch.stack([rows, columns], dim=-1).reshape(h * w, 2).to(patches.dtype)
-    distance = torch.cdist(places, places).clamp_min(1.0)  # (N, N); of a patch to itself it is not used
+    apart = torch.cdist(places, places, compute_mode="donot_use_mm_for_euclid_dist")  # (N, N), not rounded by a product
+    distance = apart.clamp_min(1.0)  # that of a patch to itself is not used
     weights = (~mask).unsqueeze(1) / distance**POWER  # (B, N, N), queries before keys
     weights = weights / weights.sum(dim=-1, keepdim=True)
     hidden = mask.unsqueeze(-1)  # (B, N, 1)
