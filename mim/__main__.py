@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 wrong command or configuration, 65 data, 74 storage, 70 in
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -142,9 +143,16 @@ def bench_data(
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--step", type=int, help="Checkpoint to evaluate; default: the newest valid one.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for pictures; default: RUN/pictures.")
+@click.option("--force", is_flag=True, help="Replace pictures of the same name.")
 @plugin_option
 def evaluate(
-    name: str, model: str, overrides: tuple[str, ...], step: int | None, out: Path | None, plugins: tuple[str, ...]
+    name: str,
+    model: str,
+    overrides: tuple[str, ...],
+    step: int | None,
+    out: Path | None,
+    force: bool,
+    plugins: tuple[str, ...],
 ) -> None:
     """Run evaluation NAME on a MODEL and print what it yields as JSON.
 
@@ -164,6 +172,8 @@ def evaluate(
       mim eval knn vit_small_patch16_224.augreg_in21k pretrained=true data.path=shards/photos
       mim eval embed runs/mae_vittiny_cifar10 shards/photos features/photos
       mim eval reconstruction runs/beit_vittiny_cifar10 num_images=16
+      mim eval attention runs/mae_vittiny_cifar10 cat.jpg photos/ size=448
+      mim eval pca vit_small_patch14_dinov2.lvd142m pretrained=true photos/
       mim eval codebook tokenizers/dalle data.path=shards/photos data.image_size=112
       torchrun --nproc_per_node 8 -m mim eval knn runs/mae_vittiny_cifar10
     """
@@ -196,10 +206,10 @@ def evaluate(
             network.to(device)
         place = out or (folder if is_run or is_tokenizer else Path()) / "pictures"
         with torch.no_grad():
-            numbers, pictures = record(module.run(loaded, cfg), place, loaded.step, main=main)
+            numbers, pictures = record(module.run(loaded, cfg), place, loaded.step, main=main, replace=force)
         if not main:
             return
-        facts = {"protocol": features.protocol(loaded, cfg)}
+        facts = {"protocol": features.protocol(loaded, cfg)} if numbers else {}  # what they may be compared by
         if loaded.encoder is not None:
             facts["weights"] = features.weights_of(loaded)[:12]
     if is_tokenizer and name == "codebook" and not (folder / "manifest.json").exists():  # a checkpoint's are hashed
@@ -294,13 +304,16 @@ def launched() -> tuple[bool, Any]:
 
 
 def named_arguments(arguments: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, ...]:
-    """Arguments as key=value: the first ones may be the values alone of these names."""
-    found = list(arguments)
-    for number, name in enumerate(names):
-        if number >= len(found) or "=" in found[number]:
-            break
-        found[number] = f"{name}={json.dumps(found[number])}"
-    return tuple(found)
+    """Arguments as key=value: the first ones may be the values alone of these names, all others that of `NAME...`."""
+    values = list(itertools.takewhile(lambda argument: "=" not in argument, arguments))
+    rest = arguments[len(values) :]
+    found = [
+        f"{name.removesuffix('...')}={json.dumps(values[n:] if name.endswith('...') else values[n])}"
+        for n, name in enumerate(names)
+        if n < len(values)
+    ]
+    taken = len(values) if names and names[-1].endswith("...") else len(found)
+    return (*found, *values[taken:], *rest)
 
 
 def nested(options: dict[str, Any]) -> dict[str, Any]:

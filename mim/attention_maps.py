@@ -26,6 +26,7 @@ from mim.config import ConfigError
 
 KINDS = (Attention, AttentionRope, BeitAttention, EvaAttention, RelPosAttention)
 Reduce = Callable[[Tensor], Tensor]
+EXACT = "donot_use_mm_for_euclid_dist"  # a matrix product would round distances, on GPUs to TF32
 
 
 @torch.no_grad()
@@ -117,7 +118,8 @@ def mean_distance(weights: Tensor, grid: tuple[int, int], patch_size: int) -> Te
     rows, columns = torch.meshgrid(*(torch.arange(n, device=weights.device) for n in grid), indexing="ij")
     places = torch.stack([rows, columns], dim=-1).reshape(h * w, 2).to(weights.dtype) * patch_size  # (N, 2)
     among = weights[..., prefix:, prefix:]  # (B, heads, N, N)
-    far = (among * torch.cdist(places, places)).sum(dim=-1) / among.sum(dim=-1).clamp_min(1e-12)  # (B, heads, N)
+    apart = torch.cdist(places, places, compute_mode=EXACT)  # (N, N)
+    far = (among * apart).sum(dim=-1) / among.sum(dim=-1).clamp_min(1e-12)  # (B, heads, N)
     return far.mean(dim=-1)
 
 

@@ -21,6 +21,8 @@ A `Batch` is a dict:
     label_maps         (B, H, W) class of every pixel of `images`, uint8 in the loader, int64 on the device; IGNORE
                        where there is none: unlabelled, beyond the image, rows that only pad; absent unless asked for
     soft_labels        (B, classes), written by `classify` where it mixes images
+    confidence         (B, N) float, probability of what is predicted at each patch, written by `reconstruct`
+    predicted_codes    (B, N) int64, the codes predicted there, written by `reconstruct` of objectives of codes
     keys               list[str], "shard.tar/sample", for messages and pictures; of a mixture after the source's path
     position           int, global positions consumed after this step
     epoch              int, epoch of the first row
@@ -137,6 +139,7 @@ class Objective(Protocol):
     # optional: logits(batch) -> (B, classes), of an objective that classifies
     # optional: truth(batch) -> (B, N) int64 codes below `num_codes`, or (B, N, P) values, of which `error` is "squared"
     # or "absolute": what is predicted at masked patches, so that trivial predictions can be judged beside the loss
+    # optional: reconstruct(batch, frozen) -> (B, C, H, W) in [0, 1], what it makes of masked images, for pictures
     # optional: after_step(step: int, progress: Tensor) -> None, once per optimizer step (codebooks, moving teachers); a
     # skipped step gets its saved buffers back afterwards, so what it moves, and what forward moves, is a saved buffer
 

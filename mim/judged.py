@@ -77,7 +77,10 @@ def load(model: str, data: dict[str, Any], options: dict[str, Any]) -> LoadedRun
         raise ConfigError(f"pretrained=true and init={init} both give the weights; keep one of them")
     shape = named.facts.get("input_size") or (3, 224, 224)
     section = {"channels": shape[0], "image_size": list(shape[1:]), **data}
+    if without := not {"path", "sources"} & data.keys():  # pictures of named files need none; what does will say so
+        section["path"] = ""
     found = config.typed(stream.Config, section, "data")
+    found.path = None if without else found.path
     torch.manual_seed(int(seed or 0))
     name, encoder = _encoder(named, found)
     source = named.folder or init or (model.removeprefix("timm:") if pretrained else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import torch
 from mim import checkpoint, config, ranks, sharding
 from mim.config import ConfigError
 from mim.contracts import LoadedRun
+from mim.data.write import storing
 from mim.features import protocol
 from mim.interruption import Left, leavable
 from mim.job import Config, Job
-from mim.log import RunLog, heard, say
+from mim.log import RunLog, aside, heard, say
 from mim.schedules import to_steps
 
 
@@ -92,19 +94,37 @@ def look(job: Job, name: str, step: int, log: RunLog | None) -> None:
         log.write("eval", step, eval=name, protocol=protocol(loaded, cfg), **numbers, **pictures)
 
 
-def record(values: Any, folder: Path, step: int, *, main: bool = True) -> tuple[dict[str, float], dict[str, str]]:
-    """Split what an evaluation yields into numbers and pictures; the main rank writes pictures as PNG."""
+def record(
+    values: Any, folder: Path, step: int, *, main: bool = True, replace: bool = True
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Split what an evaluation yields into numbers and pictures; the main rank writes pictures as PNG or GIF.
+
+    Not to `replace` them, another picture of the same name is ConfigError.
+    """
     numbers, pictures = {}, {}
     for key, value in values:
         if hasattr(value, "save"):
-            path = folder / f"{key}-{step:08d}.png"
+            path = folder / f"{key}-{step:08d}{getattr(value, 'suffix', '.png')}"
             if main:
-                folder.mkdir(parents=True, exist_ok=True)
-                value.save(path)
+                write_picture(path, value, replace=replace)
             pictures[key] = str(path)
         else:
             numbers[key] = float(value)
     return numbers, pictures
+
+
+def write_picture(path: Path, picture: Any, *, replace: bool) -> None:
+    """Write a picture; one that lies there already is left or replaced."""
+    buffer = io.BytesIO()
+    picture.save(buffer, path.suffix[1:].upper())
+    if not replace and path.exists() and path.read_bytes() != buffer.getvalue():
+        raise ConfigError(
+            f"{path} is another picture; write to another folder with --out, or add --force to replace it"
+        )
+    with storing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with aside(path, "wb") as file:
+            file.write(buffer.getvalue())
 
 
 @contextlib.contextmanager

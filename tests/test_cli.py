@@ -418,7 +418,7 @@ def test_a_picture_is_written_where_asked(mim, trained, tmp_path):
     assert code == 0
     path = json.loads(out)["reconstruction"]
     assert path.startswith(str(tmp_path))
-    assert Image.open(path).size == (4 * (96 + 4), 2 * (96 + 4))
+    assert Image.open(path).size == (4 * (96 + 4) + 4, 34 + 2 * (96 + 4))
 
 
 def test_a_run_is_exported(mim, trained, tmp_path):

@@ -235,7 +235,15 @@ def test_a_perfect_prediction_reconstructs_the_image(normalised, monkeypatch):
     ids_keep, ids_mask, _ = mask_to_ids(batch["mask"], MASKED)
     target = gather(objective.target(batch["images"])[0], torch.cat([ids_keep, ids_mask], dim=1))
     monkeypatch.setattr(objective.decoder_pred, "forward", lambda tokens: target)
-    assert torch.allclose(objective.reconstruct(batch, {}), batch["images"], atol=1e-5)
+    assert torch.allclose(objective.reconstruct(batch, {}, true_statistics=True), batch["images"], atol=1e-5)
+
+
+def test_without_the_true_statistics_nothing_of_the_masked_pixels_is_in_the_picture():
+    objective, batch = an_objective(), a_batch()
+    repaint = {**batch, "images": repainted(batch["images"], batch["mask"])}
+    found, again = (objective.reconstruct(b, {}) for b in (batch, repaint))
+    assert torch.allclose(found, again, atol=1e-6)
+    assert not torch.equal(objective.reconstruct(batch, {}, true_statistics=True), found)
 
 
 def test_a_reconstruction_stays_in_the_range_of_images(monkeypatch):

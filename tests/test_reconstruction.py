@@ -1,29 +1,35 @@
 """The picture of a reconstruction: what is shown in a cell is what the cell claims."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from mim.data.shards import Dataset
+from mim.config import ConfigError
 from mim.evals import reconstruction
 from mim.evals.reconstruction import Config
+from mim.looking import record
+from mim.subjects import subjects
+from mim.unmasking import unmask
 
-SIZE, FRAME = 32, 2
+SIZE, GAP, TOP = 32, 4, 34  # pixels of a cell, between cells, of title and heads
 
 
 @pytest.fixture
 def cells():
     """`cells(loaded)`: the picture of a run cut into cells (rows, columns, H, W, 3), uint8, at the images' own size."""
 
-    def cut(loaded, num_images=2):
-        ((name, picture),) = reconstruction.run(loaded, Config(num_images=num_images, height=SIZE))
+    def cut(loaded, num_images=2, **options):
+        ((name, picture),) = reconstruction.run(loaded, Config(num_images=num_images, height=SIZE, **options))
         assert name == "reconstruction"
-        step = SIZE + 2 * FRAME
-        pixels = np.asarray(picture)
+        step = SIZE + GAP
+        pixels = np.asarray(picture)[TOP:, GAP:]
         rows, columns = pixels.shape[0] // step, pixels.shape[1] // step
         assert rows == num_images
         grid = pixels.reshape(rows, step, columns, step, 3).transpose(0, 2, 1, 3, 4)
-        return grid[:, :, FRAME:-FRAME, FRAME:-FRAME].astype(int)
+        return grid[:, :, :SIZE, :SIZE].astype(int)
 
     return cut
 
@@ -86,8 +92,68 @@ def test_a_tokenizer_run_shows_what_its_own_codes_decode_to(loaded_run, cells):
 
 
 def test_images_come_from_the_held_out_split(loaded_run, cells, seen, shards):
-    cells(predicting(loaded_run("mae"), lambda images: images, seen), num_images=3)
-    held_out = Dataset.open(shards / "val")
-    keys = {held_out.read(s, r).key for s, count in enumerate(held_out.counts) for r in range(count)}
-    assert len(seen[0]["keys"]) == 3
-    assert set(seen[0]["keys"]) <= keys
+    loaded = predicting(loaded_run("mae"), lambda images: images, seen)
+    cells(loaded, num_images=3)
+    found = subjects(loaded, [str(shards / "val")], num_images=3)
+    assert torch.equal(seen[0]["images"], torch.cat([subject.batch["images"] for subject in found]))
+
+
+def test_masks_of_several_ratios_and_seeds_stand_side_by_side(loaded_run, cells, seen):
+    found = cells(predicting(loaded_run("mae"), lambda images: images, seen), ratios=[0.25, 0.75], seeds=[0, 1])
+    assert found.shape[1] == 1 + 3 * 4
+    assert [batch["num_masked"] for batch in seen] == [4, 4, 12, 12]
+    assert not torch.equal(seen[0]["mask"], seen[1]["mask"])
+    assert not torch.equal(seen[0]["mask"][0], seen[0]["mask"][1])
+
+
+@pytest.mark.parametrize(
+    ("objective", "options", "sentence"),
+    [
+        ("beit", {"true_statistics": True}, "predicts no normalised patches"),
+        ("mae", {"ratios": [1.5]}, "mask.ratio=1.5 must lie between 0 and 1"),
+        ("mae", {"order": "best"}, "choose confident or random"),
+        ("tokenize", {"rounds": 3}, "has no mask"),
+    ],
+)
+def test_what_cannot_be_shown_is_one_sentence(loaded_run, objective, options, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        dict(reconstruction.run(loaded_run(objective), Config(num_images=1, **options)))
+
+
+# ---- the animation -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("objective", "rounds", "frames"), [("mae", 3, 4), ("beit", 99, 9)])
+def test_the_animation_has_a_frame_for_each_round_and_stays_small(loaded_run, tmp_path, objective, rounds, frames):
+    """Of 8 masked patches at most 8 rounds can reveal one."""
+    found = dict(reconstruction.run(loaded_run(objective), Config(rounds=rounds)))
+    _, pictures = record(found.items(), tmp_path, 7)
+    path = Path(pictures["unmasking"])
+    assert path.name == "unmasking-00000007.gif"
+    with Image.open(path) as gif:
+        assert (gif.n_frames, gif.info["loop"]) == (frames, 0)
+    assert path.stat().st_size < 200_000
+
+
+def test_a_round_reveals_the_most_certain_and_sees_them_in_the_next():
+    certainty = torch.tensor([[0.1, 0.9, 0.5, 0.7]])
+
+    class Certain:
+        def reconstruct(self, batch, frozen):
+            batch["confidence"], batch["predicted_codes"] = certainty, torch.full((1, 4), 5)
+            codes.append(batch["codes"].clone())
+            return batch["images"] + 1  # so it tells how many rounds it has been seen in
+
+    codes, images = [], torch.zeros(1, 1, 2, 2)
+    mask = torch.tensor([[True, False, True, True]])
+    batch = {"images": images, "mask": mask, "num_masked": 3, "codes": torch.zeros(1, 4, dtype=torch.int64)}
+    rounds = list(unmask(Certain(), batch, {}, (2, 2), rounds=2, order="confident", seed=0))
+    assert [left.flatten().tolist() for _, left in rounds] == [
+        [True, False, True, True],
+        [True, False, False, False],  # the two of three that are more certain; the visible one stays what it is
+        [False, False, False, False],
+    ]
+    assert rounds[-1][0].flatten().tolist() == [1, 0, 1, 1]
+    assert codes[1].tolist() == [[0, 0, 5, 5]]
+    assert torch.equal(batch["mask"], mask)
+    assert not images.any()

@@ -63,8 +63,12 @@ class BEiT(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, batch: Batch, frozen: dict[str, Any]) -> Tensor:
-        """Decode the predicted codes at masked positions, with the true codes elsewhere: (B, C, H', W') in [0, 1]."""
+        """Decode the predicted codes at masked positions, with the true codes elsewhere: (B, C, H', W') in [0, 1].
+
+        The codes that were predicted and how probable they are go into the batch.
+        """
         features = self.encoder(batch["images"], mask=batch["mask"], mask_token=self.mask_token)
-        pred = self.head(features.patches).argmax(dim=-1)  # (B, N)
+        batch["confidence"], pred = self.head(features.patches).float().softmax(dim=-1).max(dim=-1)  # (B, N) each
+        batch["predicted_codes"] = pred
         codes = torch.where(batch["mask"], pred, batch["codes"])
         return frozen["tokenizer"].decode(codes, self.encoder.grid(batch["images"].shape[-2:]))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from mim.contracts import Batch, Encoder, Features
 from mim.initialization import tie_keys_to_queries
+from mim.patch_statistics import from_visible
 from mim.patches import gather, mask_to_ids, patchify, sincos_positions, unpatchify
 from tokenizer.quantize import uniform_noise
 
@@ -145,13 +146,21 @@ class MAE(nn.Module):
         return self.target(batch["images"])[0]
 
     @torch.no_grad()
-    def reconstruct(self, batch: Batch, frozen: dict[str, Any]) -> Tensor:
-        """Predicted images (B, C, H, W) in [0, 1]; normalised targets are undone with the true mean of each patch."""
-        images = batch["images"]
+    def reconstruct(self, batch: Batch, frozen: dict[str, Any], *, true_statistics: bool = False) -> Tensor:
+        """Predicted images (B, C, H, W) in [0, 1].
+
+        Normalised targets are undone with mean and variance interpolated from the visible patches; `true_statistics`
+        takes those of the masked pixels themselves, as the published notebook does: knowledge the network never had.
+        """
+        images, mask = batch["images"], batch["mask"]
         grid = self.encoder.grid(images.shape[-2:])
-        ids_keep, ids_mask, ids_restore = mask_to_ids(batch["mask"], batch["num_masked"])
+        ids_keep, ids_mask, ids_restore = mask_to_ids(mask, batch["num_masked"])
         tokens = self.decode(self.encoder(images, ids_keep=ids_keep), ids_keep, ids_mask, grid)  # (B, N, D')
         pred = gather(self.decoder_pred(tokens).float(), ids_restore)  # (B, N, P)
         _, mean, std = self.target(images)
+        if self.cfg.norm_pix_loss and not true_statistics:
+            patches = patchify(self.encoder.normalize(images), self.encoder.patch_size).float()
+            mean, variance = from_visible(patches, mask, grid)  # (B, N, 1) each
+            std = (variance + 1e-6).sqrt()
         pixels = unpatchify(pred * std + mean, grid, images.shape[1])  # (B, C, H, W)
         return (pixels * self.encoder.std + self.encoder.mean).clamp(0, 1)

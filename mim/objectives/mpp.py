@@ -113,11 +113,14 @@ class MaskedPatchPrediction(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, batch: Batch, frozen: dict[str, Any]) -> Tensor:
-        """Every patch in the colour predicted for it, with all of the mask hidden: (B, C, H, W) in [0, 1]."""
+        """Every patch in the colour predicted for it, with all of the mask hidden: (B, C, H, W) in [0, 1].
+
+        How probable these colours are goes into the batch.
+        """
         images = batch["images"]
         c, grid = images.shape[1], self.encoder.grid(images.shape[-2:])
         features = self.encoder(images, mask=batch["mask"], mask_token=self.mask_token)
-        colours = self.head(features.patches).argmax(dim=-1)  # (B, N)
+        batch["confidence"], colours = self.head(features.patches).float().softmax(dim=-1).max(dim=-1)  # (B, N) each
         weights = LEVELS ** torch.arange(c - 1, -1, -1, device=images.device)
         levels = colours.unsqueeze(-1) // weights % LEVELS  # (B, N, C)
         patches = ((levels + 0.5) / LEVELS).repeat(1, 1, self.encoder.patch_size**2)  # (B, N, P)
