@@ -49,6 +49,7 @@ from mim.guard import Guard, Held, average
 from mim.job import Config, Job, num_workers, restore, status
 from mim.log import Averages, Progress, RunLog, say
 from mim.looking import averaged, intervals, look_through, whole
+from mim.report.writing import Writing
 from mim.rollback import roll_back
 from mim.saver import Saver
 from mim.status import Status
@@ -184,6 +185,7 @@ def fit(job: Job, state: dict[str, Any], saver: Saver, stop: Stop) -> int:
     )
     if log is not None:
         Trackers(job.run, cfg.train.trackers, job.built.sections, log, ended=start == total)
+        log.followers.append(Writing(job.run))
         if state.get("start") and start < total:
             log.write(step=start, **state["start"])
     guard = Guard(cfg.train.guard, quiet_until=job.rates.warmup_steps, scaled=accelerator.scaler is not None)

@@ -18,6 +18,7 @@ LETTER = 7.4  # width of a letter, of the larger font that a phone gets
 LONGEST_LABEL = 14  # letters
 LABEL_HEIGHT = 15
 RATIO_FOR_LOG = 20  # between the largest and the smallest value, from which a scale is logarithmic
+FROM_ZERO = 0.2  # the axis begins at step 0 when that costs no more of it
 MARKED = 24  # points up to which each one gets a dot
 ROWS = 40  # of a table, per curve
 
@@ -41,15 +42,15 @@ class Chart:
 
     def label(self, curve: Curve) -> str:
         """The name of a curve: of several runs the letter of its run goes first."""
-        if not self.letters:
+        if not self.letters or curve.baseline:
             return curve.name
         letter = self.letters[curve.run]
-        several = len({one.name for one in self.curves}) > 1
+        several = len({one.name for one in self.curves if not one.baseline}) > 1
         return f"{letter} {curve.name}" if several else letter
 
     def colour(self, curve: Curve) -> int:
         """The number of its colour in page.css, 0 for a baseline: of its run, or of its name where there is one run."""
-        if self.letters:
+        if self.letters and not curve.baseline:
             return 1 + curve.run % 6
         names = list(dict.fromkeys(one.name for one in self.curves if not one.baseline))
         return 0 if curve.baseline else 1 + names.index(curve.name) % 6
@@ -94,6 +95,8 @@ class Drawn:
         self.first, self.last = float(steps.min()), float(steps.max())
         if self.first == self.last:
             self.first, self.last = self.first - 1, self.last + 1
+        if 0 < self.first < FROM_ZERO * self.last:
+            self.first = 0.0
         self.log = self.chart.may_be_log and values.min() > 0 and values.max() >= RATIO_FOR_LOG * values.min()
         self.low, self.high = self._range(float(values.min()), float(values.max()))
         named = len(full) > 1 or bool(self.chart.letters)

@@ -76,14 +76,14 @@ def trivial_loss(run: Run) -> tuple[str, float] | None:
     if name == "mae" and objective.get("norm_pix_loss") is not False:
         side, channels = number(encoder.get("patch_size")), number(run.section("data").get("channels"))
         pixels = (channels or 3) * (side or 0) ** 2
-        return "mean of the patch", (pixels - 1) / pixels if pixels > 1 else 1.0
+        return "patch mean", (pixels - 1) / pixels if pixels > 1 else 1.0
     if name == "mpp":
         classes = COLOURS_PER_CHANNEL ** int(number(run.section("data").get("channels")) or 3)
     if name == "classify" and not objective.get("distill"):
         classes = number(objective.get("num_classes"))
     if name in ("beit", "beit2", "mpp", "classify") and classes and classes > 1:
         heads = 2 if name == "beit2" else 1  # its loss is the sum of two
-        return "all equally likely", heads * math.log(classes)
+        return "uniform guess", heads * math.log(classes)
     return None
 
 

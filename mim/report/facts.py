@@ -59,6 +59,10 @@ def tiles(run: Run) -> list[Tile]:
             under = f"from {ticks.short(values[0][0])}" if key == "loss" else "newest"
             shown = f"{100 * values[-1][0]:.1f} %" if words.is_share(key) else ticks.short(values[-1][0])
             found.insert(1 if key == "loss" else len(found), Tile(words.title(key), shown, under))
+    for name in dict.fromkeys(str(line.get("eval")) for line in run.events("eval")):
+        values = [(v, line["step"]) for line in run.events("eval") if (v := number(line.get(name))) is not None]
+        if values and words.is_share(name):  # an evaluation's own number has its name: knn, linear, ridge, miou
+            found.append(Tile(words.title(name), f"{100 * values[-1][0]:.1f} %", f"at step {values[-1][1]:,}"))
     return found
 
 

@@ -59,7 +59,10 @@ def sections(runs: list[Run], letters: list[str]) -> list[Section]:
     ]  # fmt: skip
     for section in found:
         section.charts = [chart for chart in section.charts if any(len(c) or c.not_finite for c in chart.curves)]
-        section.charts = [chart for chart in section.charts if not _says_nothing(chart)]
+        still = [chart for chart in section.charts if _is_constant(chart)]
+        section.charts = [chart for chart in section.charts if chart not in still]
+        told = [f"{chart.title} {chart.value(chart.curves[0].values[0])}" for chart in still if chart.curves[0].values.any()]
+        section.says = " ".join([section.says, f"Constant: {', '.join(told)}."] if told else [section.says]).strip()
     return [section for section in found if section.charts or section.newest]
 
 
@@ -155,6 +158,7 @@ def _held_out(runs: list[Run], key: str, name: str) -> list[Curve]:
     return [replace(curve, baseline=key.startswith("baseline_")) for curve in found]
 
 
-def _says_nothing(chart: Chart) -> bool:
-    """Whether a chart of skipped steps shows that there were none."""
-    return chart.title == words.title("skipped") and all(not curve.values.any() for curve in chart.curves)
+def _is_constant(chart: Chart) -> bool:
+    """Whether all values of a chart are the same one, several times: a sentence says as much."""
+    values = np.concatenate([curve.values for curve in chart.curves])
+    return len(values) > 1 and (values == values[0]).all() and not any(curve.not_finite for curve in chart.curves)
