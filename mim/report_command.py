@@ -9,7 +9,9 @@ import click
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
-@click.option("--out", type=click.Path(path_type=Path), help="File; default: RUN/report.html, of several ./report.html.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="File; default: RUN/report.html, of several ./report.html."
+)
 @click.option("--open", "show", is_flag=True, help="Open it in a browser.")
 @click.option("--serve", is_flag=True, help="Show it in a browser while the run goes on, until Ctrl-C.")
 @click.option("--port", type=click.IntRange(0, 65535), help="With --serve: 8321 by default, 0 takes any free one.")

@@ -399,6 +399,7 @@ def save(job: Job, saver: Saver, step: int, going_on: dict[str, Any], *, wait: b
         "order": job.sequence.identity(),
         "scaler": job.accelerator.scaler.state_dict() if job.accelerator.scaler is not None else None,  # of fp16
         "experiment": config.digest(job.experiment),
+        "device": experiment.device_name(job.accelerator.device),
         "versions": {"mimstream": __version__, "torch": torch.__version__},
     }
     tensors = checkpoint.gather_tensors(job.model, job.optimizer.optimizer, job.ema)

@@ -1,4 +1,4 @@
-"""A run directory as a training of MAE leaves it, with losses, probes, health, pictures and incidents; made of a seed."""
+"""A run directory as a training of MAE leaves it, with losses, probes, pictures and incidents; made of a seed."""
 
 import json
 import math
@@ -48,7 +48,8 @@ def _lines(step, steps, picture_every, rate, rng, folder):
     if step in (400, 410):
         yield {"event": "skipped", "step": step}
     yield {
-        "event": "train", "step": step, "loss": loss, "grad_norm": 0.3 + 2 * math.exp(-20 * progress) + rng.gamma(1, 0.02),
+        "event": "train", "step": step, "loss": loss,
+        "grad_norm": 0.3 + 2 * math.exp(-20 * progress) + rng.gamma(1, 0.02),
         "skipped": 0.0, "lr": rate * min(step / 500, 0.5 + 0.5 * math.cos(math.pi * progress)), "weight_decay": 0.05,
         "epoch": progress * 40, "num_bad": 1, "images_per_s": 900 + rng.normal(0, 20), "data_wait": 0.03,
         "eta_s": steps - step, "position": 256 * step, "fingerprint": f"{step:016x}",
@@ -57,7 +58,8 @@ def _lines(step, steps, picture_every, rate, rng, folder):
         yield {"event": "eval", "step": step, "eval": "knn", "knn": 0.6 - 0.4 * math.exp(-4 * progress)}
         yield {
             "event": "eval", "step": step, "eval": "health", "val_loss": loss + 0.01, "baseline_mean_patch": 0.98,
-            "baseline_copy": 1.4, "skill": 1 - (loss + 0.01) / 0.98, "rankme": 150 * progress + 8, "attention_distance/1": 9.0,
+            "baseline_copy": 1.4, "skill": 1 - (loss + 0.01) / 0.98, "rankme": 150 * progress + 8,
+            "attention_distance/1": 9.0,
         }  # fmt: skip
         for name in ("reconstruction", "attention"):
             pixels = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)

@@ -1,4 +1,7 @@
-"""Charts as inline SVG: what stands where. The markup is in chart.svg.j2, hover values in page.js, colours in page.css."""
+"""Charts as inline SVG: what stands where.
+
+The markup is in chart.svg.j2, hover values in page.js, colours in page.css.
+"""
 
 from __future__ import annotations
 
@@ -151,8 +154,15 @@ class Drawn:
     @property
     def notes(self) -> list[str]:
         """What the chart does not show: values between, and values that are not finite."""
-        pairs = [(self.chart.label(c), c, t) for c, t in zip((c for c in self.chart.curves if len(c)), self.thin, strict=True)]
-        fewer = [f"{label}: smallest and largest of each column of {len(c):,} values" for label, c, t in pairs if len(t) < len(c)]
+        pairs = [
+            (self.chart.label(c), c, t)
+            for c, t in zip((c for c in self.chart.curves if len(c)), self.thin, strict=True)
+        ]
+        fewer = [
+            f"{label}: smallest and largest of each column of {len(c):,} values"
+            for label, c, t in pairs
+            if len(t) < len(c)
+        ]
         bad = [
             f"{self.chart.label(c)}: {len(c.not_finite)} not finite, the first at step {c.not_finite[0]:,}"
             for c in self.chart.curves
@@ -196,7 +206,10 @@ class Table:
             chosen |= set(curve.steps[some].tolist())
         known = [dict(zip(curve.steps.tolist(), curve.values.tolist(), strict=True)) for curve in curves]
         rows = [
-            (ticks.short(step) if step % 1 else f"{step:,.0f}", [chart.value(k[step]) if step in k else "" for k in known])
+            (
+                ticks.short(step) if step % 1 else f"{step:,.0f}",
+                [chart.value(k[step]) if step in k else "" for k in known],
+            )
             for step in sorted(chosen)
         ]
         every = {step for k in known for step in k}
@@ -217,7 +230,4 @@ def _apart(lines: list[Line]) -> None:
 
 def _rounded(value: float) -> float:
     """Five digits, which is more than a screen shows."""
-    found = float(f"{value:.5g}") if value % 1 or abs(value) >= 1e15 else int(value)
-    return found
-
-
+    return float(f"{value:.5g}") if value % 1 or abs(value) >= 1e15 else int(value)

@@ -76,7 +76,7 @@ def trivial_loss(run: Run) -> tuple[str, float] | None:
     if name == "mae" and objective.get("norm_pix_loss") is not False:
         side, channels = number(encoder.get("patch_size")), number(run.section("data").get("channels"))
         pixels = (channels or 3) * (side or 0) ** 2
-        return "patch mean", (pixels - 1) / pixels if pixels > 1 else 1.0
+        return "mean patch", (pixels - 1) / pixels if pixels > 1 else 1.0
     if name == "mpp":
         classes = COLOURS_PER_CHANNEL ** int(number(run.section("data").get("channels")) or 3)
     if name == "classify" and not objective.get("distill"):

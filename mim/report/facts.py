@@ -191,7 +191,8 @@ def _told(line: dict[str, Any]) -> str:
     if kind == "resumed":
         rejected = line.get("rejected") or []
         bad = "".join(f"; rejected {r.get('checkpoint')}: {r.get('reason')}" for r in rejected if isinstance(r, dict))
-        return f"from {line.get('checkpoint')}, saved by {line.get('saved_by_ranks')} processes, now {line.get('ranks')}{bad}"
+        ranks = f"saved by {line.get('saved_by_ranks')} processes, now {line.get('ranks')}"
+        return f"from {line.get('checkpoint')}, {ranks}{bad}"
     if kind in ("restarted", "save_failed", "failed"):
         return str(line.get("reason"))
     return ", ".join(f"{key} {value}" for key, value in line.items() if key not in ("event", "step"))[:400]

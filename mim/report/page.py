@@ -63,7 +63,9 @@ def _advice(run: Run) -> list[Advice]:
 @cache
 def _template():  # type: ignore[no-untyped-def]
     loader = PackageLoader("mim.report", ".")
-    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).get_template("page.html.j2")
+    return Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).get_template("page.html.j2")
 
 
 @cache

@@ -18,7 +18,12 @@ OPTIMIZER = ("lr", "weight_decay", "grad_norm", "update_ratio", "skipped")
 MACHINE = ("images_per_s", "data_wait")
 LEARNING = ("loss", "accuracy")
 BASELINES = ("mean_patch", "copy", "unigram")  # of docs/health.md
-ELSEWHERE = ("val_loss", "val_accuracy", "skill", *(f"baseline_{k}{end}" for k in BASELINES for end in ("", "_accuracy")))
+ELSEWHERE = (
+    "val_loss",
+    "val_accuracy",
+    "skill",
+    *(f"baseline_{k}{end}" for k in BASELINES for end in ("", "_accuracy")),
+)
 OF_LINE = ("event", "step", "eval", "protocol", "rollback")  # of an eval line: what is no result
 LOG_SCALES = ("loss", "grad_norm", "lr", "update_ratio", "kl", "recon_mse", "perplexity")
 
@@ -50,9 +55,9 @@ def sections(runs: list[Run], letters: list[str]) -> list[Section]:
     evaluations = list(dict.fromkeys(name for run in runs for name in _evaluations(run)))
     probes = [name for name in evaluations if name not in ("health", "codebook")]
     found = [
-        Section("learning", "Does it learn?", "The loss beside what it would cost to learn nothing.", _learning(runs, letters)),
-        _evaluated(runs, letters, probes, "probes", "What is it worth?", "Evaluations with labels, on held-out images."),
-        _evaluated(runs, letters, ["health"], "health", "Health without labels", "On held-out images, with fixed masks."),
+        Section("learning", "Does it learn?", "Loss, beside what learning nothing costs.", _learning(runs, letters)),
+        _evaluated(runs, letters, probes, "probes", "What is it worth?", "Evaluations on held-out images."),
+        _evaluated(runs, letters, ["health"], "health", "Health without labels", "On held-out images, fixed masks."),
         _evaluated(runs, letters, ["codebook"], "codebook", "Codebook", "The score card of the tokenizer's codes."),
         Section("optimizer", "Optimizer", "", [_trained(runs, letters, key) for key in OPTIMIZER]),
         Section("machine", "Machine", "", [_trained(runs, letters, key) for key in MACHINE]),
@@ -61,7 +66,9 @@ def sections(runs: list[Run], letters: list[str]) -> list[Section]:
         section.charts = [chart for chart in section.charts if any(len(c) or c.not_finite for c in chart.curves)]
         still = [chart for chart in section.charts if _is_constant(chart)]
         section.charts = [chart for chart in section.charts if chart not in still]
-        told = [f"{chart.title} {chart.value(chart.curves[0].values[0])}" for chart in still if chart.curves[0].values.any()]
+        told = [
+            f"{chart.title} {chart.value(chart.curves[0].values[0])}" for chart in still if chart.curves[0].values.any()
+        ]
         section.says = " ".join([section.says, f"Constant: {', '.join(told)}."] if told else [section.says]).strip()
     return [section for section in found if section.charts or section.newest]
 
@@ -81,7 +88,6 @@ def _learning(runs: list[Run], letters: list[str]) -> list[Chart]:
     loss = curves.logged(runs, "train", "loss", "training")
     steps = np.concatenate([curve.steps for curve in loss]) if loss else np.zeros(0)
     trivial = list(dict.fromkeys(found for run in runs if (found := curves.trivial_loss(run)) is not None))
-    loss += [curves.constant(0, name, value, steps) for name, value in trivial]
     loss += _held_out(runs, "val_loss", "held out")
     accuracy = curves.logged(runs, "train", "accuracy", "training") + _held_out(runs, "val_accuracy", "held out")
     if not letters:
@@ -89,6 +95,8 @@ def _learning(runs: list[Run], letters: list[str]) -> list[Chart]:
         accuracy += [
             c for key in BASELINES for c in _held_out(runs, f"baseline_{key}_accuracy", key.replace("_", " "))
         ]  # fmt: skip
+    logged = {curve.name for curve in loss}
+    loss += [curves.constant(0, name, value, steps) for name, value in trivial if name not in logged]
     charts = [
         Chart("loss", words.meaning("loss"), loss, letters, may_be_log=True),
         Chart("skill", words.meaning("skill"), skills(runs), letters, percent=True, with_zero=True),
@@ -113,7 +121,9 @@ def _evaluated(
     """The charts and tables of some evaluations: one chart for the shares of each, one for every other number."""
     section = Section(key, title, says)
     for name in names:
-        keys = list(dict.fromkeys(k for run in runs for line in run.events("eval") if line.get("eval") == name for k in line))
+        keys = list(
+            dict.fromkeys(k for run in runs for line in run.events("eval") if line.get("eval") == name for k in line)
+        )
         keys = [k for k in keys if "/" not in k and k not in OF_LINE]
         shares = [k for k in keys if words.is_share(k)]
         keys = [k for k in keys if not (name == "health" and k in ELSEWHERE)]
@@ -149,7 +159,11 @@ def _newest(index: int, run: Run, evaluation: str) -> Newest | None:
 
 def _evaluations(run: Run) -> list[str]:
     """Names of the evaluations that logged a number."""
-    return [str(line.get("eval")) for line in run.events("eval") if any(number(v) is not None for k, v in line.items() if k not in OF_LINE)]
+    return [
+        str(line.get("eval"))
+        for line in run.events("eval")
+        if any(number(v) is not None for k, v in line.items() if k not in OF_LINE)
+    ]
 
 
 def _held_out(runs: list[Run], key: str, name: str) -> list[Curve]:

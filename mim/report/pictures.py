@@ -41,8 +41,12 @@ class Strip:
 
 
 def strips(runs: list[Run]) -> list[Strip]:
-    """Pictures of all runs within the budget: the newest of every name goes first, then the first, then those between."""
-    found = {(i, name): Strip(i, name, count=len(files)) for i, run in enumerate(runs) for name, files in run.pictures.items()}
+    """Pictures of all runs within the budget: of every name the newest, then the first, then those between."""
+    found = {
+        (i, name): Strip(i, name, count=len(files))
+        for i, run in enumerate(runs)
+        for name, files in run.pictures.items()
+    }
     per_name = PER_NAME if len(runs) == 1 else 1
     queue = []
     for i, run in enumerate(runs):
@@ -53,7 +57,9 @@ def strips(runs: list[Run]) -> list[Strip]:
         strip = found[i, name]
         try:
             stat = file.stat()
-            uri, width, height = encoded(file, stat.st_mtime_ns, stat.st_size, NEWEST_WIDTH if rank == 0 else OTHER_WIDTH)
+            uri, width, height = encoded(
+                file, stat.st_mtime_ns, stat.st_size, NEWEST_WIDTH if rank == 0 else OTHER_WIDTH
+            )
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             strip.unread.append(f"{file.name} cannot be read: {error}")
             continue
@@ -79,7 +85,9 @@ def encoded(file: Path, changed: int, size: int, width: int) -> tuple[str, int, 
             return _uri(file.read_bytes(), str(opened.format).lower()), opened.width, opened.height
         picture = opened.convert("RGB")
     if picture.width > width:
-        picture = picture.resize((width, max(1, round(picture.height * width / picture.width))), Image.Resampling.LANCZOS)
+        picture = picture.resize(
+            (width, max(1, round(picture.height * width / picture.width))), Image.Resampling.LANCZOS
+        )
     buffer = io.BytesIO()
     picture.save(buffer, "WEBP", quality=QUALITY, method=2)
     return _uri(buffer.getvalue(), "webp"), picture.width, picture.height

@@ -66,7 +66,9 @@ class Run:
 def read(path: Path) -> Run:
     """Read a run directory. Raises ConfigError for a folder that is none."""
     if not any((path / name).is_file() for name in FILES):
-        raise ConfigError(f"{path} is not a run directory: it holds none of {', '.join(FILES)}; name the folder of a run")
+        raise ConfigError(
+            f"{path} is not a run directory: it holds none of {', '.join(FILES)}; name the folder of a run"
+        )
     run = Run(path, path.resolve().name)
     run.sections = _mapping(run, "config.yaml", yaml.safe_load)
     run.status = _mapping(run, "status.json", json.loads)

@@ -1,8 +1,8 @@
 """`mim report --serve`: the page of a run that goes on, to a browser on this machine and to nobody else.
 
 It listens on 127.0.0.1 alone and answers GET and HEAD of `/` alone; it serves no file, so there is no path to misuse. A
-page of another site cannot read it through a name that it points at 127.0.0.1 (DNS rebinding): the request's Host must be
-the address itself.
+page of another site cannot read it through a name that it points at 127.0.0.1 (DNS rebinding): the Host of a request
+must be the address itself.
 """
 
 from __future__ import annotations
