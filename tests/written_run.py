@@ -45,7 +45,7 @@ def _lines(step, steps, picture_every, rate, rng, folder):
     loss = 0.42 + 0.55 * math.exp(-6 * progress) + rng.normal(0, 0.004)
     if step == 200:
         yield {"event": "resumed", "step": step, "checkpoint": "step-00000200", "saved_by_ranks": 1, "ranks": 2}
-    if step in (400, 410):
+    if step in (400, 420):
         yield {"event": "skipped", "step": step}
     yield {
         "event": "train", "step": step, "loss": loss,

@@ -53,7 +53,8 @@ MEANINGS = {
     "layer_scale": "Mean magnitude of the gammas of LayerScale.",
 }
 SHARES = (
-    "skill", "baseline_unigram_accuracy", "baseline_copy_accuracy", "val_class_accuracy", "attention_entropy", "dead_neurons",
+    "skill", "baseline_unigram_accuracy", "baseline_copy_accuracy", "val_class_accuracy",
+    "attention_entropy", "dead_neurons",
     "accuracy", "class_accuracy", "val_accuracy", "unigram_accuracy", "skipped", "data_wait", "usage", "surprise",
     "distinct", "stable_", "probe", "knn", "ridge", "linear", "attentive", "fewshot", "top5", "miou", "iou/", "class/",
     "pixel_accuracy",
