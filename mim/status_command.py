@@ -14,7 +14,7 @@ import click
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(run: Path, as_json: bool) -> None:
-    """Print how RUN stands: its state, step, reason and newest checkpoint.
+    """Print how RUN stands: its state, step, reason and newest checkpoint, and what its log says in words.
 
     A run that says `running` although its launcher has ended was killed. Scripts that start a run again ask
     `mim launch outcome`.
@@ -25,7 +25,7 @@ def status(run: Path, as_json: bool) -> None:
       mim status runs/mae_vitb16_in1k --json
     """
     found = read(run)
-    click.echo(json.dumps(found, indent=1) if as_json else line(found))
+    click.echo(json.dumps(found, indent=1) if as_json else f"{line(found)}\n{verdict(run)}")
 
 
 def read(run: Path) -> dict[str, Any]:
@@ -56,3 +56,17 @@ def line(found: dict[str, Any]) -> str:
         saved = f"newest checkpoint step {found['checkpoint']}, {clock(found['checkpoint_age'])} ago"
     reason = f": {found['reason']}" if found["reason"] else ""
     return f"{found['state']} at step {found['step']} of {found['of']}{reason} ({clock(found['age'])} ago); {saved}"
+
+
+def verdict(run: Path) -> str:
+    """The first advice about a run (mim/advice.py)."""
+    from mim.advice import advise
+    from mim.checkpoint import read_config
+    from mim.config import ConfigError
+    from mim.log import read_log
+
+    try:
+        recipe = read_config(run)
+    except ConfigError:  # a run that ended before it had one
+        recipe = {}
+    return advise(list(read_log(run / "log.jsonl")), recipe)[0].text

@@ -49,6 +49,7 @@ from mim.guard import Guard, Held, average
 from mim.job import Config, Job, num_workers, restore, status
 from mim.log import Averages, Progress, RunLog, say
 from mim.looking import averaged, intervals, look_through, whole
+from mim.movement import update_ratio
 from mim.report.writing import Writing
 from mim.rollback import roll_back
 from mim.saver import Saver
@@ -275,6 +276,8 @@ def fit(job: Job, state: dict[str, Any], saver: Saver, stop: Stop) -> int:
             loss, position = values.get("loss"), job.position(step)
             values |= {"lr": lr, "weight_decay": weight_decay, "epoch": position / len(job.dataset)}
             values |= {"num_bad": len(job.journal.bad), **progress_line.rates(step)}
+            if cfg.optim.name == "adamw":
+                values["update_ratio"] = update_ratio(optimizer.optimizer)
             fingerprint = ranks.total_fingerprint(fingerprint, device, main_rank)
             progress_line.show(step, values)
             skipped = guard.skipped()

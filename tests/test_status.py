@@ -36,6 +36,14 @@ def test_the_command_tells_state_reason_and_newest_checkpoint(run, tmp_path):
     }  # fmt: skip
 
 
+def test_the_command_says_what_the_log_says_in_words(run, tmp_path):
+    Status(tmp_path, "mae", 100).write("running", 80)
+    assert run()[1].splitlines()[1] == "0 log lines are too few to judge the course"
+    with (tmp_path / "log.jsonl").open("w") as log:
+        log.writelines(f'{{"event": "train", "step": {step}, "loss": 0.5, "data_wait": 0.4}}\n' for step in range(5))
+    assert run()[1].splitlines()[1].startswith("data-bound: 40% of the time")
+
+
 def test_a_status_that_cannot_be_written_is_said_and_ends_nothing(tmp_path, capsys):
     Status(tmp_path / "gone", "mae", 100).write("running", 80)
     assert "gone/status.json could not be written: No such file or directory" in capsys.readouterr().err

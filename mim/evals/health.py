@@ -1,9 +1,9 @@
 """Health without labels: is something learned, and is the representation alive. docs/health.md explains each number.
 
 Everything is taken on held-out images whose views, masks and draws are named by the sample, so the numbers of two
-steps, and of two runs on the same images, can be compared. Ranks share the images as a bank does (mim/bank.py), per-image
-numbers are summed by `math.fsum`, which rounds once, and the rest is counted in integers: the numbers of many processes
-are those of one, bit for bit.
+steps, and of two runs on the same images, can be compared. Ranks share the images as a bank does (mim/bank.py), the
+numbers of images are summed by `math.fsum`, which rounds once, and the rest is counted in integers: the numbers of many
+processes are those of one, bit for bit.
 """
 
 from __future__ import annotations
@@ -56,11 +56,23 @@ def run(loaded: LoadedRun, cfg: Config) -> NamedValues:
             f"limit={cfg.limit} and lidar_views={cfg.lidar_views} must be at least 2, and attention_images="
             f"{cfg.attention_images} and lidar_images={cfg.lidar_images} at least 0"
         )
+    if not all(parameter.isfinite().all() for parameter in loaded.encoder.parameters()):
+        say(f"health: the weights of step {loaded.step} are not finite")
+        return
     with ranks.main_first():  # an image folder is made into shards once
         train, val = build.open_data(loaded.config)
     if val is None:
         say_once(f"{train.path} holds nothing out: health looks at training images")
     dataset = val if val is not None else train
+    if len(stream.evaluated(dataset, limit=cfg.limit)) < 2:
+        say_once(f"{dataset.path} has no two images to compare: health looks at none")
+        return
+    with torch.compiler.set_stance("force_eager"):  # compiling for a few images would take longer than they do
+        yield from numbers(loaded, cfg, dataset)
+
+
+def numbers(loaded: LoadedRun, cfg: Config, dataset: AnyDataset) -> NamedValues:
+    """All of them."""
     yield from prediction(loaded, cfg, dataset)
     if loaded.views.label_maps:  # whose views are of pairs
         whole = config.bind("mim.data.augment", {"name": "center"}, "data.eval_view")
@@ -83,7 +95,7 @@ def say_once(message: str) -> None:
     say(message)
 
 
-# ---- what is predicted, and what would be without learning -------------------------------------------------------------
+# ---- what is predicted, and what would be without learning -----------------------------------------------------------
 
 
 @torch.no_grad()
@@ -93,8 +105,13 @@ def prediction(loaded: LoadedRun, cfg: Config, dataset: AnyDataset) -> NamedValu
     if "mask" not in objective.reads or not hasattr(objective, "truth"):
         return
     grid = loaded.encoder.grid(loaded.views.sizes[0])
-    if loaded.views.mask is None or loaded.views.mask.args[0] != grid:  # type: ignore[attr-defined]
+    if loaded.views.mask is None or loaded.views.mask.args[0] != grid:
         say_once(f"health: the masks of {loaded.path} are not for images of {loaded.views.sizes[0]}: no loss is shown")
+        return
+    try:
+        _ = "codes" in objective.reads and loaded.frozen["tokenizer"].encode
+    except ConfigError as error:  # a run that has only the codes of its training images
+        say_once(f"health without a loss: {error}")
         return
     device = next(objective.parameters()).device
     told: dict[str, list[float]] = {}
@@ -151,7 +168,7 @@ def mean_over_ranks(told: dict[str, list[float]], device: torch.device) -> dict[
     return {name: math.fsum(values) / len(values) for name, values in columns.items()}
 
 
-# ---- the representation ------------------------------------------------------------------------------------------------
+# ---- the representation ----------------------------------------------------------------------------------------------
 
 
 def representation(loaded: LoadedRun, cfg: Config, dataset: AnyDataset) -> NamedValues:
@@ -163,8 +180,6 @@ def representation(loaded: LoadedRun, cfg: Config, dataset: AnyDataset) -> Named
         features = columns(loaded, dataset, embedder(loaded, Wanted(layers)), cfg.limit, cfg.batch_size)
     by_layer = [features[f"{layer}/mean"] for layer in layers]
     last = by_layer[-1]
-    if not last.isfinite().all():
-        raise ConfigError(f"{loaded.path}: the features of step {loaded.step} are not finite, so they have no health")
     yield "rankme", statistics.rankme(last)
     if (alpha := statistics.alpha_req(last)) is not None:
         yield "alpha_req", alpha
@@ -246,9 +261,7 @@ def attention(loaded: LoadedRun, cfg: Config, dataset: AnyDataset) -> NamedValue
     yield "heads_collapsed", float((heads[:, 0] < COLLAPSED).sum())
 
 
-def columns(
-    loaded: LoadedRun, dataset: AnyDataset, embed: Any, limit: int, batch_size: int
-) -> dict[str, Tensor]:
+def columns(loaded: LoadedRun, dataset: AnyDataset, embed: Any, limit: int, batch_size: int) -> dict[str, Tensor]:
     """What `embed` makes of the images, row by row on every rank, on the CPU."""
     device = next(loaded.encoder.parameters()).device
     return extract(dataset, loaded.views, embed, device=device, batch_size=batch_size, limit=limit).columns
