@@ -63,5 +63,5 @@ def _lines(step, steps, picture_every, rate, rng, folder):
         }  # fmt: skip
         for name in ("reconstruction", "attention"):
             pixels = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
-            picture = Image.fromarray(pixels).resize((960, 800), Image.Resampling.BICUBIC)
+            picture = Image.fromarray(pixels).resize((240, 200), Image.Resampling.BICUBIC)
             picture.save(folder / f"pictures/{name}-{step:08d}.png")
