@@ -20,6 +20,7 @@ from mim import __version__
 from mim.checkpoint_commands import checkpoints
 from mim.cluster_commands import doctor, launch
 from mim.plan_command import plan
+from mim.report_command import report
 from mim.shard_commands import plugin_option, shards
 from mim.status_command import status
 from mim.token_commands import tokens
@@ -63,6 +64,7 @@ cli.add_command(shards)
 cli.add_command(tokens)
 cli.add_command(checkpoints)
 cli.add_command(status)
+cli.add_command(report)
 cli.add_command(doctor)
 cli.add_command(launch)
 cli.add_command(plan)

@@ -78,12 +78,11 @@ def describe(
     count = sum(p.numel() for p in built.objective.parameters() if p.requires_grad) / 1e6
     inside = sum(p.numel() for p in built.encoder.parameters()) / 1e6 if built.encoder is not None else 0.0
     cache, dtype = built.views.cache, frozen_networks.dtype_of(accelerator.mixed_precision)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     epoch = len(dataset) / batch_size
     objective = built.sections["objective"]["name"]
     return [
         f"{objective} -> {run}: {count:.2f} M trained parameters" + (f", encoder {inside:.2f} M" if inside else ""),
-        f"device {name}, matmul in {matmul}, {ranks} rank{'s' * (ranks > 1)}, "
+        f"device {device_name(device)}, matmul in {matmul}, {ranks} rank{'s' * (ranks > 1)}, "
         f"batch {batch_size} = {ranks} x {micro} micro-batch{'es' * (micro > 1)} of {rows}, "
         f"{workers} loader workers per rank",
         f"data {dataset.path}: {len(dataset)} images in {len(dataset.counts)} shards, views {built.views.sizes}",
@@ -98,6 +97,11 @@ def describe(
         f"1 epoch = {len(dataset)} images = {epoch:.1f} steps; run = {rates.total_steps} steps; "
         f"learning rate {rates.lr:.3g} after {rates.warmup_steps} steps of warm-up",
     ]
+
+
+def device_name(device: torch.device) -> str:
+    """What people call a device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def patches_per_code(built: build.Built, num_images: int) -> str:

@@ -52,6 +52,7 @@ from mim.job import Config, Job, num_workers, restore, status
 from mim.log import Averages, Progress, RunLog, say
 from mim.looking import averaged, intervals, look_through, whole
 from mim.movement import update_ratio
+from mim.report.writing import Writing
 from mim.rollback import roll_back
 from mim.saver import Saver
 from mim.status import Status
@@ -189,6 +190,7 @@ def fit(job: Job, state: dict[str, Any], saver: Saver, stop: Stop) -> int:
     )
     if log is not None:
         Trackers(job.run, cfg.train.trackers, job.built.sections, log, ended=start == total)
+        log.followers.append(Writing(job.run))
         if state.get("start") and start < total:
             log.write(step=start, **state["start"])
     guard = Guard(cfg.train.guard, quiet_until=job.rates.warmup_steps, scaled=accelerator.scaler is not None)
@@ -408,6 +410,7 @@ def save(job: Job, saver: Saver, step: int, going_on: dict[str, Any], *, wait: b
         "order": job.sequence.identity(),
         "scaler": job.accelerator.scaler.state_dict() if job.accelerator.scaler is not None else None,  # of fp16
         "experiment": config.digest(job.experiment),
+        "device": experiment.device_name(job.accelerator.device),
         "versions": {"mimstream": __version__, "torch": torch.__version__},
     }
     tensors = checkpoint.gather_tensors(job.model, job.optimizer.optimizer, job.ema)
