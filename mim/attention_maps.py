@@ -89,7 +89,7 @@ def explicit(modules: Sequence[nn.Module]) -> Iterator[None]:
         yield
     finally:
         for module, fused, forward in before:
-            module.fused_attn = fused  # type: ignore[assignment]
+            module.fused_attn = fused
             if forward is not None:
                 module.__dict__["forward"] = forward
 

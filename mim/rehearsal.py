@@ -103,6 +103,7 @@ def stepper(cfg: Config, accelerator: Accelerator, built: build.Built, rows: int
         network.to(accelerator.device)
     present = sharding.local(checkpoint.averaged_tensors(objective).values()) if cfg.optim.ema is not None else []
     means = [tensor.clone() for tensor in present]
+    average = guard.Average(means, present, 1 - cfg.optim.ema) if cfg.optim.ema is not None else None
     optim.allocate(optimizer.optimizer)
     optim.set_rates(optimizer, RATE, cfg.optim.weight_decay)
     raw, progress = synthetic(built, rows), torch.zeros((), device=accelerator.device)
@@ -121,8 +122,8 @@ def stepper(cfg: Config, accelerator: Accelerator, built: build.Built, rows: int
         optimizer.zero_grad()
         if hasattr(objective, "after_step"):
             objective.after_step(1, progress)
-        if cfg.optim.ema is not None:
-            guard.average(means, present, 1 - cfg.optim.ema, finite=finite)
+        if average is not None:
+            average.move(finite)
 
     return Halves(gradient, update)
 

@@ -89,7 +89,7 @@ def _animation(loaded: LoadedRun, cfg: Config, batch: Batch) -> Animation:
     """The images side by side, from what is visible to the last round."""
     _, masked = next(_masked(loaded, cfg, batch))
     grid, frames = loaded.encoder.grid(batch["images"].shape[-2:]), []
-    options = {"rounds": cfg.rounds, "order": cfg.order, "seed": cfg.seeds[0]}
+    options: dict[str, Any] = {"rounds": cfg.rounds, "order": cfg.order, "seed": cfg.seeds[0]}
     with torch.compiler.set_stance("force_eager"):  # the number of masked patches changes in every round
         for number, (images, mask) in enumerate(unmask(loaded.objective, masked, loaded.frozen, grid, **options)):
             shown = in_colour(torch.where(pixels_of(mask, grid, images), HIDDEN, images)).cpu()
@@ -110,7 +110,8 @@ def _masked(loaded: LoadedRun, cfg: Config, batch: Batch) -> Iterator[tuple[str,
     if loaded.views.mask is None:
         return
     section, images = loaded.config["mask"], batch["images"]
-    for ratio in cfg.ratios or [None]:
+    ratios: list[float | None] = [*cfg.ratios] or [None]
+    for ratio in ratios:
         draw = loaded.views.mask
         if ratio is not None:
             others = {key: value for key, value in section.items() if key != "count"}  # which would win over a ratio

@@ -13,7 +13,7 @@ import time
 from functools import cache
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from mim.advice import Advice, advise
 from mim.report import facts, panels, pictures, words
@@ -61,7 +61,7 @@ def _advice(run: Run) -> list[Advice]:
 
 
 @cache
-def _template():  # type: ignore[no-untyped-def]
+def _template() -> Template:
     loader = PackageLoader("mim.report", ".")
     return Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True

@@ -135,7 +135,7 @@ def _evaluated(
             chart = Chart(heading, words.meaning(group[0]), found, letters, percent=group[0] in shares)
             if max((len(curve) for curve in found), default=0) > 1:
                 section.charts.append(chart)
-        section.newest += [found for i, run in enumerate(runs) if (found := _newest(i, run, name)) is not None]
+        section.newest += filter(None, (_newest(i, run, name) for i, run in enumerate(runs)))
     return section
 
 
