@@ -12,7 +12,7 @@ from torch import Tensor
 from mim import build
 from mim.contracts import LoadedRun
 from mim.evals import knn, ridge
-from mim.features import Wanted, embed_splits, embedder
+from mim.probing.features import Wanted, embed_splits, embedder
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("run", help="run directory whose data, views and encoder are used")

@@ -25,7 +25,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
-from mim.saver import Saver
+from mim.saving.saver import Saver
 
 Ended = Callable[[], bool]
 Start = Callable[[int], Ended]

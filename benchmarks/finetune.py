@@ -28,8 +28,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from mim import checkpoint
 from mim.log import clock, say, write_json
+from mim.saving import checkpoint
 
 Command = list[str]  # arguments of mim
 NETWORK = {"depth": 6, "width": 128, "num_heads": 4, "patch_size": 4, "positions": "sincos", "layer_scale": None}

@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mim import build, config, job, optim, stopping, train
-from mim import codes as evaluated
+from mim import build, config, job, optim, train
 from mim.contracts import Batch, LoadedRun
 from mim.patches import gather, mask_to_ids
+from mim.probing import codes as evaluated
+from mim.watch import stopping
 from tokenizer.quantize import code_counts
 
 RECIPES = {name: f"{name}_vittiny_cifar10" for name in ("mae", "simmim", "mpp", "beit", "beit2")}

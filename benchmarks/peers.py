@@ -7,8 +7,8 @@ backward and update; ours also has what a run adds: uint8 images that become flo
 average of the losses. The others get normalised floats for nothing.
 
 In each round every variant takes its turn. A ratio is the median over rounds of the ratio to ours at the same
-precision, and of the other's float32 to our bfloat16. MFU counts what the recipe needs (mim/footprint.py), the same
-for all, against matrix products that are timed in the same rounds. lightly is left out where it is not installed:
+precision, and of the other's float32 to our bfloat16. MFU counts what the recipe needs (mim/planning/footprint.py), the
+same for all, against matrix products that are timed in the same rounds. lightly is left out where it is not installed:
 
     pip install --no-deps --target SITE lightly==1.6.0 && export PYTHONPATH=SITE:.
 

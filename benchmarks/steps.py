@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from benchmarks.rounds import Phases
-from mim import build, checkpoint, config, footprint, frozen_networks, launching, optim, sharding, train
+from mim import build, config, frozen_networks, launching, optim, sharding, train
 from mim.blocks import blocks
 from mim.contracts import Batch
 from mim.data import mixture, quarantine, stream
@@ -29,6 +29,8 @@ from mim.data.ahead import Ahead
 from mim.guard import Average, Held
 from mim.job import Config, Job
 from mim.log import Averages
+from mim.planning import footprint
+from mim.saving import checkpoint
 
 IMAGES = 1_281_167  # of ImageNet-1k: how long recipes are in steps where no data is at hand
 DISTINCT = 2  # synthetic batches in turn

@@ -3,8 +3,8 @@
     torchrun --standalone --nproc_per_node 2 benchmarks/stopping.py --json out.json
 
 Microseconds of wall time and of processor time of the main thread, medians of interleaved rounds: the vote and the
-heartbeat of a step (mim/stopping.py, mim/watchdog.py); an all-reduce of one number by gloo, waited for; and one that
-is read a step later.
+heartbeat of a step (mim/watch/stopping.py, mim/watch/watchdog.py); an all-reduce of one number by gloo, waited for; and
+one that is read a step later.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import click
 import torch
 import torch.distributed as dist
 
-from mim.attendant import Attendant
-from mim.board import Board
-from mim.status import Status
+from mim.watch.attendant import Attendant
+from mim.watch.board import Board
+from mim.watch.status import Status
 
 PLACES = ("data", "forward", "backward", "update", "log", "decision")
 STEPS = {"vote and heartbeat": 20000, "all-reduce": 500, "all-reduce, read a step later": 500}

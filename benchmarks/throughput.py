@@ -5,7 +5,7 @@ device already, or with --data the real loader over shards. Variants take turns 
 
     images/s  median over rounds (min - max)
     MFU       useful operations per second against the fastest matrix product of the same precision in the same rounds;
-              operations are counted by mim/footprint.py: what the recipe needs, a multiply-add being two
+              operations are counted by mim/planning/footprint.py: what the recipe needs, a multiply-add being two
     memory    on a GPU the most that torch held for this variant; on a CPU the most that the process has held so far
     split     seconds of a step: data (waiting for the loader, by the host's clock), transfer (to the device, uint8 to
               float, colours), frozen networks (tokenizer, teacher), forward, backward, optimizer (clip, update)

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from mim import stopping, train
+from mim import train
+from mim.watch import stopping
 
 FEATURES, PIXELS = "vqkd_mae_cifar10", "vq_pixels_cifar10"
 KINDS: dict[str, tuple[str, list[str]]] = {

@@ -17,13 +17,13 @@ from typing import Any
 import click
 
 from mim import __version__
-from mim.checkpoint_commands import checkpoints
-from mim.cluster_commands import doctor, launch
-from mim.plan_command import plan
-from mim.report_command import report
-from mim.shard_commands import plugin_option, shards
-from mim.status_command import status
-from mim.token_commands import tokens
+from mim.commands.checkpoints import checkpoints
+from mim.commands.cluster import doctor, launch
+from mim.commands.plan import plan
+from mim.commands.report import report
+from mim.commands.shards import plugin_option, shards
+from mim.commands.status import status
+from mim.commands.tokens import tokens
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -182,9 +182,10 @@ def evaluate(
     import torch
 
     import tokenizer as tokenizers
-    from mim import build, config, features, judged
+    from mim import build, config
     from mim.log import heard
     from mim.looking import record
+    from mim.probing import features, judged
 
     main, device = launched()
     folder = Path(model)
@@ -246,7 +247,8 @@ def export(
       mim export onnx runs/mae_vittiny_cifar10 exports/onnx image_size=64 pool=class
       mim export timm runs/mae_vittiny_cifar10 exports/mine license=cc-by-4.0 --push-to-hub me/my-vit
     """
-    from mim import build, config, hub
+    from mim import build, config
+    from mim.handover import hub
 
     if repository is not None:
         hub.check(repository)
@@ -286,7 +288,7 @@ def tokenizer_import(files: tuple[Path, ...], out: Path, as_json: bool) -> None:
       mim eval codebook tokenizers/vqkd data.path=shards/photos
       mim train beit_vitb16_in1k data.path=shards/photos tokenizer.path=tokenizers/dalle
     """
-    from mim.released_tokenizers import import_tokenizer
+    from mim.pretrained.released_tokenizers import import_tokenizer
 
     report = import_tokenizer(files, out)
     click.echo(json.dumps({**vars(report), "out": str(out)}, indent=1) if as_json else "\n".join(report.lines()))
@@ -384,7 +386,7 @@ def run() -> None:
     except click.Abort:
         sys.exit(130)
     except Exception as error:
-        from mim.status import CODES, exit_code
+        from mim.watch.status import CODES, exit_code
 
         code = exit_code(error)
         if not isinstance(error, tuple(CODES)):

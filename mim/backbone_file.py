@@ -29,7 +29,7 @@ from mim.contracts import StorageError
 from mim.job import Job
 from mim.log import say
 from mim.looking import averaged
-from mim.weights import backbone_of
+from mim.pretrained.weights import backbone_of
 
 NAME = "backbone.safetensors"
 OURS_ALONE = ("weight_init", "dynamic_img_size")  # arguments of timm that say nothing of the weights

@@ -17,13 +17,15 @@ import numpy as np
 import torch
 
 import tokenizer as tokenizers
-from mim import checkpoint, classifying_teacher, config, frozen_networks, weights
+from mim import classifying_teacher, config, frozen_networks
 from mim.config import ConfigError
 from mim.contracts import DataError, LoadedRun
 from mim.data import make, randaugment, shards, stream, tokens
 from mim.data.location import redact
 from mim.data.mixture import AnyDataset, Mixture
 from mim.log import say
+from mim.pretrained import weights
+from mim.saving import checkpoint
 
 Sections = dict[str, Any]
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -105,7 +107,8 @@ def _build(sections: Sections, dataset: AnyDataset | None, load_frozen: bool, tr
         resolved["tokenizer"] = {"name": sections["tokenizer"]["name"], **config.plain(cfg)}
         encoder = None
     else:
-        section = {key: value for key, value in sections["encoder"].items() if key != "init"}  # mim/weights.py reads it
+        # `init` is read by mim/pretrained/weights.py
+        section = {key: value for key, value in sections["encoder"].items() if key != "init"}
         module, cfg = config.component("mim.encoders", section, "encoder")
         mean, std = statistics(data.channels, dataset)
         cfg.mean, cfg.std = cfg.mean or mean, cfg.std or std

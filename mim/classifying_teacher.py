@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from mim import frozen_networks, weight_files
+from mim import frozen_networks
 from mim.config import ConfigError
 from mim.log import say
+from mim.pretrained import weight_files
 
 KEYS = ("model", "pretrained", "init", "image_size")  # of a teacher that is timm's
 

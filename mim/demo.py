@@ -34,9 +34,9 @@ from mim.data.make import make
 from mim.data.order import rng
 from mim.evals import codebook, knn, ridge
 from mim.exports import timm as timm_export
-from mim.features import Wanted, embed_splits, embedder, ridge_accuracy
 from mim.log import clock, say, write_json
-from mim.stopping import DONE, STOPPED
+from mim.probing.features import Wanted, embed_splits, embedder, ridge_accuracy
+from mim.watch.stopping import DONE, STOPPED
 
 SIZE = 64  # pixels of a crop
 TRAIN_CROPS, VAL_CROPS = 400, 50  # per photograph

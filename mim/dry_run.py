@@ -20,11 +20,13 @@ import accelerate
 import click
 import torch
 
-from mim import build, config, footprint, frozen_networks, job, looking, optim, stopping, train
+from mim import build, config, frozen_networks, job, looking, optim, train
 from mim.blocks import recompute
 from mim.config import ConfigError
 from mim.data import mixture, order, shards
 from mim.log import say
+from mim.planning import footprint
+from mim.watch import stopping
 
 TB, GIB = 1e12, 2**30
 DEVICES = (16, 24, 40, 80, 141)  # GiB of usual accelerators

@@ -13,8 +13,10 @@ import torch
 from accelerate import Accelerator
 
 import tokenizer as tokenizers
-from mim import build, checkpoint, config, frozen_networks, optim, weights
+from mim import build, config, frozen_networks, optim
 from mim.data import mixture, order, tokens
+from mim.pretrained import weights
+from mim.saving import checkpoint
 
 PATCHES_PER_CODE = 256  # below which a smaller codebook is proposed
 EXPERIMENT = ("data", "mask", "encoder", "tokenizer", "teacher", "objective", "optim")

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tokenizer as tokenizers
-from mim import checkpoint
 from mim.config import ConfigError
 from mim.contracts import Batch
 from mim.data import tokens
+from mim.saving import checkpoint
 from tokenizer.card import RED, verdict
 from tokenizer.quantize import images_of
 

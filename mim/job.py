@@ -10,11 +10,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 import tokenizer as tokenizers
-from mim import build, checkpoint, guard, optim
-from mim.attendant import Attendant
+from mim import build, guard, optim
 from mim.config import ConfigError
 from mim.data import mixture, quarantine, stages
 from mim.interventions import position_at
+from mim.saving import checkpoint
+from mim.watch.attendant import Attendant
 
 
 @dataclass

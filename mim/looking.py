@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 
-from mim import checkpoint, config, ranks, sharding
+from mim import config, ranks, sharding
 from mim.config import ConfigError
 from mim.contracts import LoadedRun
 from mim.data.write import storing
-from mim.features import protocol
 from mim.interruption import Left, leavable
 from mim.job import Config, Job
 from mim.log import RunLog, aside, heard, say
+from mim.probing.features import protocol
+from mim.saving import checkpoint
 from mim.schedules import to_steps
 
 

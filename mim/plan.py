@@ -1,9 +1,9 @@
 """`mim plan RECIPE`: what a run takes on named hardware: memory, split, images/s, hours, energy, disk, loader cores.
 
-Operations and bytes are counted (mim/footprint.py, mim/spread.py); rates, memory and power are data sheets'
-(mim/devices.py); which share of the peak a training uses is assumed (mim/utilization.py), given (`mfu`) or measured by
-real steps on this machine (mim/rehearsal.py). `mim train --dry-run` checks a recipe as a training here would; this
-looks at no data unless its size is needed, and at hardware that need not be here.
+Operations and bytes are counted (mim/planning/footprint.py, spread.py); rates, memory and power are data sheets'
+(mim/planning/devices.py); which share of the peak a training uses is assumed (mim/planning/utilization.py), given
+(`mfu`) or measured by real steps on this machine (mim/rehearsal.py). `mim train --dry-run` checks a recipe as a training
+here would; this looks at no data unless its size is needed, and at hardware that need not be here.
 """
 
 from __future__ import annotations
@@ -17,25 +17,14 @@ from typing import Any
 
 import click
 
-from mim import (
-    build,
-    config,
-    devices,
-    dry_run,
-    loader_speed,
-    looking,
-    optim,
-    plan_text,
-    rehearsal,
-    spread,
-    stopping,
-    utilization,
-)
+from mim import build, config, dry_run, loader_speed, looking, optim, plan_text, rehearsal
 from mim.config import ConfigError
 from mim.data import mixture
 from mim.job import Config
 from mim.log import say
-from mim.retention import LEAST
+from mim.planning import devices, spread, utilization
+from mim.saving.retention import LEAST
+from mim.watch import stopping
 
 POWER_SHARE = 0.8  # of the board's power that a GPU in training draws: assumed
 PER_CORE = 700.0  # images per second of a loader's core: ImageNet's JPEGs to 224 pixels, measured (docs/results.md)

@@ -23,10 +23,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from mim import build, checkpoint, config, guard, launching, optim, sharding, train
+from mim import build, config, guard, launching, optim, sharding, train
 from mim.contracts import Batch
 from mim.data import mixture
 from mim.job import Config
+from mim.saving import checkpoint
 
 STEPS, WARM_UP = 20, 3
 LONGEST = 60.0  # seconds of the steps that are timed; of a slower device fewer are

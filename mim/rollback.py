@@ -21,13 +21,14 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from mim import checkpoint, ranks, resume, retention
+from mim import ranks
 from mim.contracts import Batch, NumericsError, StorageError
 from mim.guard import MAX_ROLLBACKS, RATE_FACTOR, Guard, Incident
 from mim.interventions import Intervention, position_at
 from mim.job import Job, restore, status
 from mim.log import RunLog, read_log, say, write_json
-from mim.saver import Saver
+from mim.saving import checkpoint, resume, retention
+from mim.saving.saver import Saver
 
 
 def roll_back(job: Job, saver: Saver, guard: Guard, incident: Incident, batch: Batch) -> dict[str, Any]:

@@ -27,23 +27,15 @@ from mim import (
     __version__,
     backbone_file,
     build,
-    checkpoint,
     config,
     experiment,
     frozen_networks,
     interventions,
     launching,
-    lease,
     optim,
-    out_of_memory,
     ranks,
-    resume,
     sharding,
-    watchdog,
-    weights,
 )
-from mim.attendant import Attendant
-from mim.board import Board
 from mim.contracts import Batch, DataError
 from mim.data import mixture, quarantine, shuffle, stages, stream
 from mim.data.ahead import Ahead
@@ -52,12 +44,18 @@ from mim.job import Config, Job, num_workers, restore, status
 from mim.log import Averages, Progress, RunLog, say
 from mim.looking import averaged, intervals, look_through, whole
 from mim.movement import update_ratio
+from mim.planning import out_of_memory
+from mim.pretrained import weights
 from mim.report.writing import Writing
 from mim.rollback import roll_back
-from mim.saver import Saver
-from mim.status import Status
-from mim.stopping import DONE, STOPPED, Stop, deadline, either, seconds
+from mim.saving import checkpoint, lease, resume
+from mim.saving.saver import Saver
 from mim.trackers import Trackers, check_installed
+from mim.watch import watchdog
+from mim.watch.attendant import Attendant
+from mim.watch.board import Board
+from mim.watch.status import Status
+from mim.watch.stopping import DONE, STOPPED, Stop, deadline, either, seconds
 
 
 def main(recipe: str, overrides: list[str], *, dry_run: bool = False, stop: Stop | None = None) -> int:
@@ -170,8 +168,8 @@ def fit(job: Job, state: dict[str, Any], saver: Saver, stop: Stop) -> int:
 
     When the guard finds the training gone wrong it goes on from an earlier checkpoint, by calling itself.
     Raises DataError above the budget of bad samples, after the step is saved: a larger budget goes on from there;
-    StorageError on all ranks when checkpoints cannot be written (mim/saver.py); and NumericsError when no return to a
-    checkpoint helps.
+    StorageError on all ranks when checkpoints cannot be written (mim/saving/saver.py); and NumericsError when no return
+    to a checkpoint helps.
     """
     cfg, accelerator, model, optimizer = job.cfg, job.accelerator, job.model, job.optimizer
     device, world, main_rank = accelerator.device, accelerator.num_processes, accelerator.is_main_process

@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 
-from mim import __main__, save_stages
+from mim import __main__
 from mim.data import stream
 from mim.objectives.mae import MAE
+from mim.saving import save_stages
 
 ROOT = Path(__file__).parent.parent
 

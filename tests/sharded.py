@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from test_contracts import OBJECTIVES, a_batch, an_objective
 
-from mim import checkpoint, optim, ranks, sharding, train
+from mim import optim, ranks, sharding, train
 from mim.blocks import compile_each, recompute
+from mim.saving import checkpoint
 
 CASES = [*((name, "vit") for name in OBJECTIVES), *(("simmim", name) for name in ("eva", "beit", "dense"))]
 HALF = torch.tensor(0.5)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mim import activity
+from mim.health import activity
 
 
 def looks(weights, grid=(2, 3), patch_size=8):

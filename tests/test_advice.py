@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mim.advice import SEVERITIES, advise
+from mim.health.advice import SEVERITIES, advise
 
 RECORDED = Path(__file__).parent / "recorded"
 RECIPE = {

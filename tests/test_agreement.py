@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from mim.agreement import SKEW, judge, ranks_text
+from mim.clusters.agreement import SKEW, judge, ranks_text
 
 ROW = {
     "rank": 0,

@@ -8,11 +8,11 @@ import time
 
 import pytest
 
-from mim.attendant import SIGNALS, Attendant
-from mim.board import Board
 from mim.contracts import DataError
-from mim.status import Status
-from mim.stopping import Deadline
+from mim.watch.attendant import SIGNALS, Attendant
+from mim.watch.board import Board
+from mim.watch.status import Status
+from mim.watch.stopping import Deadline
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import torch
 from conftest import shaken
 
 from mim import blocks
-from mim.attention_maps import attention_maps, kept_mass, mean_distance, rollout
 from mim.config import ConfigError
 from mim.encoders import beit, dense, eva, vit
+from mim.health.attention_maps import attention_maps, kept_mass, mean_distance, rollout
 
 SIZE = (16, 24)
 SMALL = {"width": 32, "depth": 2, "num_heads": 2, "patch_size": 8}

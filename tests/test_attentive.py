@@ -4,13 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mim.bank import Bank
 from mim.config import ConfigError
 from mim.evals import attentive
 from mim.evals.attentive import AttentiveHeads, Config
 from mim.evals.linear import LinearHeads
-from mim.probes import samples
-from mim.sweep import Plan, Rate, grid, judge
+from mim.probing.bank import Bank
+from mim.probing.probes import samples
+from mim.probing.sweep import Plan, Rate, grid, judge
 
 RATES = grid([1e-3, 3e-3], [0.0])
 QUICK = {"min_updates": 25, "epochs": 1, "base_lrs": [1e-2, 3e-2], "weight_decays": [0.0], "probe_batch_size": 32}

@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from mim import backbone_file, build
 from mim.contracts import StorageError
-from mim.weights import backbone_of
+from mim.pretrained.weights import backbone_of
 from tests.test_train import dataset, recipe, run  # noqa: F401  (dataset is a fixture)
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mim import baselines
+from mim.health import baselines
 from mim.patches import mask_to_ids
 
 

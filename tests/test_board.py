@@ -5,7 +5,7 @@ import time
 
 import torch.distributed as dist
 
-from mim.board import Board
+from mim.watch.board import Board
 
 
 def test_the_first_note_stands_where_only_the_first_counts():

@@ -5,9 +5,9 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from mim import checkpoint, lease, retention
 from mim.__main__ import cli
 from mim.config import ConfigError
+from mim.saving import checkpoint, lease, retention
 from tests.test_resume import fake
 
 

@@ -12,10 +12,11 @@ from conftest import TINY
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
-from mim import build, config, optim, train, weights
+from mim import build, config, optim, train
 from mim.config import ConfigError
 from mim.data.shards import Dataset
 from mim.objectives import classify
+from mim.pretrained import weights
 from tests.test_distributed import torchrun
 from tests.test_train import dataset, lines, run, tensors  # noqa: F401
 from tests.test_train import recipe as run_recipe

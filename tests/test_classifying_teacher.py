@@ -6,9 +6,10 @@ import torch
 from conftest import TINY
 from safetensors.torch import save_file
 
-from mim import build, classifying_teacher, frozen_networks, stopping, train
+from mim import build, classifying_teacher, frozen_networks, train
 from mim.config import ConfigError, from_yaml, to_yaml
 from mim.data.shards import Dataset
+from mim.watch import stopping
 from tests.test_train import lines, run, tensors
 
 MODEL = "resnet10t"  # small, with a BatchNorm: evaluation mode shows

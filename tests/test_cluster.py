@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from mim import cluster, config, meeting
+from mim import config
+from mim.clusters import cluster, meeting
 from mim.config import ConfigError
 from mim.job import Config
 from tests.test_cli import mim  # noqa: F401  (a fixture)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mim import codes
+from mim.probing import codes
 
 
 class Brightness:

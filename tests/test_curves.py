@@ -2,7 +2,7 @@
 
 import pytest
 
-from mim.curves import Curves
+from mim.health.curves import Curves
 
 
 def test_values_that_are_no_finite_numbers_are_left_out_and_the_last_of_a_step_counts():

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mim import devices
 from mim.config import ConfigError
+from mim.planning import devices
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mim import build, checkpoint, config, optim
+from mim import build, config, optim
 from mim.evals import accuracy
 from mim.exports import timm as exports
+from mim.saving import checkpoint
 from tests import damage
 from tests.test_train import dataset, lines, recipe, run, tensors  # noqa: F401  (dataset is a fixture)
 

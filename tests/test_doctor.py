@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mim import config, doctor
+from mim import config
+from mim.clusters import doctor
 from mim.job import Config
 from tests.test_cli import mim  # noqa: F401  (a fixture)
 from tests.tiny import write_recipe

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from mim import config, dry_run, job, optim, stopping
+from mim import config, dry_run, job, optim
 from mim.config import ConfigError
 from mim.data import shards as datasets
+from mim.watch import stopping
 
 
 @pytest.fixture

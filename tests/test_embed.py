@@ -12,8 +12,8 @@ from mim import build
 from mim.config import ConfigError
 from mim.data.make import make
 from mim.evals import embed
-from mim.feature_cache import FeatureCache
-from mim.features import Wanted, bank
+from mim.probing.feature_cache import FeatureCache
+from mim.probing.features import Wanted, bank
 
 COLUMNS = {"layers": [1, -1], "pools": ["class_mean"]}
 

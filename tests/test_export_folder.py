@@ -14,11 +14,12 @@ import pytest
 import torch
 import yaml
 
-from mim import __main__, build, export_folder
+from mim import __main__, build
 from mim.config import ConfigError
 from mim.contracts import ExportError, StorageError
-from mim.export_folder import Terms, Written
 from mim.exports import timm as timm_target
+from mim.handover import export_folder
+from mim.handover.export_folder import Terms, Written
 
 
 def write(folder, difference=0.0):

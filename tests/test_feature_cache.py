@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from mim import build
-from mim.bank import Part, blocks_of
 from mim.contracts import DataError, StorageError
 from mim.evals import knn
-from mim.feature_cache import FeatureCache, write_column
-from mim.features import Wanted, bank
+from mim.probing.bank import Part, blocks_of
+from mim.probing.feature_cache import FeatureCache, write_column
+from mim.probing.features import Wanted, bank
 
 CPU = torch.device("cpu")
 WANTED = Wanted([1, -1], ["mean", "tokens"])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mim import feature_statistics as statistics
+from mim.health import feature_statistics as statistics
 
 
 def gaussian(n, width, *, seed=0, scales=None):

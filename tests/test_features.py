@@ -5,16 +5,17 @@ import dataclasses
 import pytest
 import torch
 
-from mim import bank as banks_of
-from mim import build, features
-from mim.bank import Bank, blocks_of, extract
+from mim import build
 from mim.config import ConfigError
 from mim.contracts import Features
 from mim.data import stream
 from mim.data.make import make
 from mim.data.shards import Dataset
 from mim.evals import knn
-from mim.features import Wanted, bank, banks, embedder, labelled_data, protocol
+from mim.probing import bank as banks_of
+from mim.probing import features
+from mim.probing.bank import Bank, blocks_of, extract
+from mim.probing.features import Wanted, bank, banks, embedder, labelled_data, protocol
 
 CPU = torch.device("cpu")
 

@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from sklearn.linear_model import Ridge
 
-from mim.bank import Bank
 from mim.config import ConfigError
 from mim.evals import fewshot
 from mim.evals.fewshot import METHODS, Config, few_shot
-from mim.probes import ranks_in_class, samples
+from mim.probing.bank import Bank
+from mim.probing.probes import ranks_in_class, samples
 
 CPU = torch.device("cpu")
 

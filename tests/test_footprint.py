@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from mim import build, footprint, optim
+from mim import build, optim
 from mim.config import ConfigError
+from mim.planning import footprint
 
 WIDTH, DEPTH, PATCH, PATCHES = 32, 2, 8, 16  # of the tiny recipe at 32 pixels
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from mim import build
-from mim import feature_statistics as statistics
 from mim.config import ConfigError
 from mim.data import stream
 from mim.evals import health
-from mim.features import Wanted, bank
+from mim.health import feature_statistics as statistics
+from mim.probing.features import Wanted, bank
 from tests.conftest import TINY, shaken
 from tests.test_cli import mim, trained  # noqa: F401  (fixtures)
 from tests.test_eval_command import evaluated, torchrun

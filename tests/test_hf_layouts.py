@@ -6,8 +6,9 @@ import torch
 from timm.layers import QuickGELU
 from torch import nn
 
-from mim import hf_layouts, layouts
-from mim.hf_layouts import Unfit
+from mim.handover import hf_layouts
+from mim.handover.hf_layouts import Unfit
+from mim.pretrained import layouts
 
 SHAPE = {"img_size": 16, "patch_size": 8, "num_classes": 0}
 TINY = {**SHAPE, "embed_dim": 24, "depth": 2, "num_heads": 2}

@@ -7,9 +7,10 @@ import typing
 import huggingface_hub
 import pytest
 
-from mim import __main__, build, hub
+from mim import __main__, build
 from mim.config import ConfigError
 from mim.contracts import StorageError
+from mim.handover import hub
 
 
 class Api:

@@ -7,11 +7,11 @@ import timm
 import torch
 from timm.models import save_for_hf
 
-from mim import judged
 from mim.config import ConfigError
 from mim.encoders import dense
 from mim.evals import knn
-from mim.features import Wanted, embedder
+from mim.probing import judged
+from mim.probing.features import Wanted, embedder
 
 SMALL = {"img_size": (32, 32), "num_classes": 0}
 TINY_VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8}

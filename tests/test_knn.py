@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from mim.config import ConfigError
 from mim.evals import knn
 from mim.evals.knn import knn_accuracy
-from mim.features import Split
+from mim.probing.features import Split
 
 
 def clusters(num, classes=4, width=16, spread=0.1, seed=0):

@@ -24,11 +24,11 @@ from transformers import (
 )
 from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_position_embedding
 
-from mim import layouts, weight_files, weights
 from mim.config import ConfigError
 from mim.encoders import beit, dense, eva, vit
 from mim.objectives import mae
 from mim.patches import unpatchify
+from mim.pretrained import layouts, weight_files, weights
 
 TRANSFORMERS = {
     "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 8,

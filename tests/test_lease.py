@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from mim import lease
 from mim.config import ConfigError
 from mim.contracts import StorageError
+from mim.saving import lease
 from tests import forked
 
 

@@ -7,13 +7,13 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from mim.bank import Bank
 from mim.config import ConfigError
 from mim.data.make import make
 from mim.evals import linear
 from mim.evals.linear import Config, fits, heads, regression
 from mim.log import Pace
-from mim.probes import samples
+from mim.probing.bank import Bank
+from mim.probing.probes import samples
 
 CPU = torch.device("cpu")
 QUICK = {"min_updates": 40, "epochs": 1, "base_lrs": [0.01, 0.1], "weight_decays": [0.0]}

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
-from mim import logistic
-from mim.logistic import fit, scale_of
+from mim.probing import logistic
+from mim.probing.logistic import fit, scale_of
 
 
 def digits():

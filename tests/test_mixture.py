@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mim import build, stopping, train
+from mim import build, train
 from mim.config import ConfigError, typed
 from mim.data import stream
 from mim.data.augment import crop
@@ -18,6 +18,7 @@ from mim.data.order import Order
 from mim.data.quarantine import Bad
 from mim.data.shards import Dataset
 from mim.data.stream import loader
+from mim.watch import stopping
 from tests import damage
 from tests.tiny import write_recipe
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from broken_export import break_after_writing, shaken_run
 
-from mim import inference
 from mim.config import ConfigError
 from mim.contracts import ExportError
 from mim.exports import onnx as target
+from mim.handover import inference
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -153,7 +153,7 @@ def test_other_encoders_are_exported_too_at_the_size_that_is_asked_for(kind, loa
 
 
 def test_a_missing_library_is_told_with_its_extra(loaded_run, tmp_path, monkeypatch):
-    monkeypatch.setattr("mim.export_folder._installed", lambda name: name != "onnxscript")
+    monkeypatch.setattr("mim.handover.export_folder._installed", lambda name: name != "onnxscript")
     with pytest.raises(ConfigError, match=r"needs onnxscript; install it: pip install 'mimstream\[onnx\]'"):
         target.export(loaded_run("mae"), tmp_path / "out", target.Config())
 

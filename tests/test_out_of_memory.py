@@ -7,8 +7,9 @@ import resource
 import pytest
 import torch
 
-from mim import config, out_of_memory, rehearsal, train
+from mim import config, rehearsal, train
 from mim.config import ConfigError
+from mim.planning import out_of_memory
 
 
 @pytest.fixture
@@ -75,6 +76,6 @@ def test_a_recipe_whose_cost_cannot_be_counted_still_ends_in_a_sentence(write, m
         raise ConfigError("a shape depends on values")
 
     monkeypatch.setattr("mim.optim.update", update)
-    monkeypatch.setattr("mim.spread.load", load)
+    monkeypatch.setattr("mim.planning.spread.load", load)
     with pytest.raises(ConfigError, match=r"^out of memory in the update of step 1, .*set train\.micro_batches=2"):
         train.main(write(), [])

@@ -13,11 +13,11 @@ from PIL import Image
 from mim import config
 from mim.__main__ import pairs
 from mim.config import ConfigError
-from mim.drawing import Animation, _ticks, heat, table
 from mim.evals import attention, distance, filters, positions
 from mim.evals.filters import components
 from mim.evals.positions import similarities
 from mim.looking import write_picture
+from mim.pictures.drawing import Animation, _ticks, heat, table
 from tests.test_cli import mim, trained  # noqa: F401  (fixtures)
 
 PICTURES = {"attention", "pca", "filters", "positions", "distance", "reconstruction"}

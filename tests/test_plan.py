@@ -4,9 +4,11 @@ import json
 
 import pytest
 
-from mim import config, devices, plan, stopping
+from mim import config, plan
 from mim.config import ConfigError
 from mim.plan import Wish
+from mim.planning import devices
+from mim.watch import stopping
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 import yaml
 from fault_server import FaultServer, cut, serve_dataset, status
 
-from mim import stopping, train
+from mim import train
 from mim.contracts import StorageError
 from mim.data import prefetch
 from mim.data.augment import center
@@ -15,6 +15,7 @@ from mim.data.order import Order, Plan
 from mim.data.prefetch import Prefetcher
 from mim.data.shards import Dataset
 from mim.data.stream import loader
+from mim.watch import stopping
 
 
 @pytest.fixture

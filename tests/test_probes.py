@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from mim.bank import Bank
 from mim.config import ConfigError
-from mim.probes import accuracies, choosing_part, ranks_in_class, samples
+from mim.probing.bank import Bank
+from mim.probing.probes import accuracies, choosing_part, ranks_in_class, samples
 
 
 def a_bank(labels, name="train", width=3):

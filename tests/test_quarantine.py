@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mim import checkpoint, stopping, train
+from mim import train
 from mim.config import ConfigError, typed
 from mim.contracts import DataError
 from mim.data import quarantine, stream
@@ -18,6 +18,8 @@ from mim.data.order import Order
 from mim.data.quarantine import Bad, Journal, read_quarantine
 from mim.data.shards import Dataset
 from mim.data.stream import evaluate, loader
+from mim.saving import checkpoint
+from mim.watch import stopping
 from tests import damage
 from tests.tiny import write_recipe
 

@@ -11,8 +11,8 @@ from mim.config import ConfigError
 from mim.evals import reconstruction
 from mim.evals.reconstruction import Config
 from mim.looking import record
-from mim.subjects import subjects
-from mim.unmasking import unmask
+from mim.pictures.subjects import subjects
+from mim.pictures.unmasking import unmask
 
 SIZE, GAP, TOP = 32, 4, 34  # pixels of a cell, between cells, of title and heads
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import tokenizer as tokenizers
 from mim.config import ConfigError
-from mim.released_tokenizers import dalle_config, import_tokenizer, vqkd_config, vqkd_names
+from mim.pretrained.released_tokenizers import dalle_config, import_tokenizer, vqkd_config, vqkd_names
 from tokenizer import dvae, vqkd
 
 # ---- DALL-E's files: whole networks of classes that nobody has ------------------------------------------------------

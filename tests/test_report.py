@@ -10,12 +10,12 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from mim.commands.report import report
 from mim.config import ConfigError
 from mim.report import curves, facts, panels, pictures, ticks
 from mim.report.charts import Chart, Table
 from mim.report.page import page
 from mim.report.runs import read
-from mim.report_command import report
 from tests.written_run import write_run
 
 LOADS = ("src", "href", "srcset", "data", "action", "poster")  # attributes by which a page asks for something

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mim.requeue import outcome, saved_step
+from mim.watch.requeue import outcome, saved_step
 
 
 @pytest.fixture

@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from mim import checkpoint, resume, stopping
 from mim.config import ConfigError
 from mim.contracts import StorageError
 from mim.log import RunLog, read_log, write_json
-from mim.status import Status
+from mim.saving import checkpoint, resume
+from mim.watch import stopping
+from mim.watch.status import Status
 from tests.test_train import dataset, lines, recipe, run, uninterrupted  # noqa: F401  (fixtures)
 
 CPU = torch.device("cpu")

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from mim import checkpoint, retention, save_stages
 from mim.contracts import StorageError
-from mim.saver import Saver
+from mim.saving import checkpoint, retention, save_stages
+from mim.saving.saver import Saver
 
 
 @pytest.fixture

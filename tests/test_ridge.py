@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from mim import features
 from mim.evals import ridge
-from mim.features import Split, ridge_accuracy
+from mim.probing import features
+from mim.probing.features import Split, ridge_accuracy
 
 STRENGTHS = [1e-3, 1e-2, 1e-1, 1.0]
 

@@ -13,14 +13,16 @@ import torch
 from test_distributed import ROOT, torchrun
 from test_train import assert_same, dataset, lines, recipe, scaled_losses, tensors  # noqa: F401  (dataset is a fixture)
 
-from mim import checkpoint, guard, lease, rollback, stopping, train
+from mim import guard, rollback, train
 from mim.contracts import NumericsError, StorageError
 from mim.data import mixture
 from mim.data.order import key64
 from mim.data.shards import Dataset
 from mim.data.stream import FINGERPRINT_MODULUS
 from mim.guard import Incident
-from mim.saver import Saver
+from mim.saving import checkpoint, lease
+from mim.saving.saver import Saver
+from mim.watch import stopping
 
 LENGTH, SAVED = 12, 3  # steps of the run, and between saves
 CHANGES = {"optim__length": f"{LENGTH} steps", "train__log_every": "1 steps", "train__save_every": f"{SAVED} steps"}

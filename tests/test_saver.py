@@ -15,10 +15,10 @@ from safetensors import SafetensorError, safe_open
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from mim import checkpoint, lease, retention, save_stages, saver, snapshot
 from mim.contracts import StorageError
-from mim.lease import Lease
-from mim.saver import Saver
+from mim.saving import checkpoint, lease, retention, save_stages, saver, snapshot
+from mim.saving.lease import Lease
+from mim.saving.saver import Saver
 from tests import forked
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import tokenizer as tokenizers
-from mim import build, checkpoint, optim
+from mim import build, optim
+from mim.saving import checkpoint
 from tests import sharded
 from tests.test_distributed import torchrun
 from tests.test_train import dataset, lines, recipe, run  # noqa: F401  (dataset is a fixture)

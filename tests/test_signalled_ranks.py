@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from mim import attendant, checkpoint
+from mim.saving import checkpoint
+from mim.watch import attendant
 from tests.launched import Forked, Torchrun
 from tests.test_train import dataset, lines, recipe, tensors  # noqa: F401  (dataset is a fixture)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from accelerate.commands.launch import launch_command_parser
 
-from mim import slurm
+from mim.clusters import slurm
 from mim.config import ConfigError
 from tests.test_cli import mim  # noqa: F401  (a fixture)
 from tests.tiny import write_recipe

@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from mim import build, config, footprint, job, spread
+from mim import build, config, job
 from mim.blocks import blocks
 from mim.config import ConfigError
-from mim.spread import GIB, Load, Way
+from mim.planning import footprint, spread
+from mim.planning.spread import GIB, Load, Way
 
 
 @pytest.fixture

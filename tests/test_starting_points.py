@@ -8,12 +8,15 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from mim import build, checkpoint, config, resample, stopping, train, weight_files, weights
+from mim import build, config, train
 from mim.config import ConfigError, to_yaml
 from mim.contracts import LoadedRun
 from mim.data.make import make
 from mim.data.shards import Dataset
 from mim.exports import timm as timm_export
+from mim.pretrained import resample, weight_files, weights
+from mim.saving import checkpoint
+from mim.watch import stopping
 from tests.conftest import TINY, shaken
 from tests.tiny import picture
 

@@ -5,10 +5,10 @@ import json
 import pytest
 from click.testing import CliRunner
 
+from mim.commands.status import status as command
 from mim.config import ConfigError
 from mim.contracts import DataError, ExportError, StorageError
-from mim.status import Status, exit_code
-from mim.status_command import status as command
+from mim.watch.status import Status, exit_code
 
 
 @pytest.fixture

@@ -16,13 +16,14 @@ from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mim import build, footprint, optim, train
+from mim import build, optim, train
 from mim.blocks import blocks, compile_each
 from mim.config import to_yaml
 from mim.data import stream
 from mim.data.shards import Dataset
 from mim.data.store import Store
 from mim.guard import Average
+from mim.planning import footprint
 
 HALF = torch.tensor(0.5)
 LOG_STEP, QUIET_STEP, STEPS = 3, 2, 4

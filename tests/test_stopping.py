@@ -5,10 +5,10 @@ import threading
 import pytest
 import torch.distributed as dist
 
-from mim import stopping
-from mim.board import Board
 from mim.config import ConfigError
-from mim.stopping import Stopping
+from mim.watch import stopping
+from mim.watch.board import Board
+from mim.watch.stopping import Stopping
 
 
 @pytest.fixture

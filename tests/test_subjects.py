@@ -6,7 +6,7 @@ from PIL import Image
 
 from mim.config import ConfigError
 from mim.contracts import DataError
-from mim.subjects import at_size, subjects
+from mim.pictures.subjects import at_size, subjects
 
 
 @pytest.fixture

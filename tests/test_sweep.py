@@ -5,13 +5,13 @@ import timm.optim
 import torch
 import torch.nn.functional as F
 
-from mim import sweep
-from mim.bank import Bank
 from mim.config import ConfigError
 from mim.evals.attentive import AttentiveHeads
 from mim.evals.linear import LinearHeads
-from mim.probes import Samples, samples
-from mim.sweep import Entry, Normalise, Plan, Rate, best_of, grid, judge, score, train
+from mim.probing import sweep
+from mim.probing.bank import Bank
+from mim.probing.probes import Samples, samples
+from mim.probing.sweep import Entry, Normalise, Plan, Rate, best_of, grid, judge, score, train
 
 CPU = torch.device("cpu")
 RATES = [Rate(0.02, 0.0), Rate(0.2, 0.1), Rate(1.0, 0.5)]

@@ -6,9 +6,10 @@ from conftest import TINY
 from safetensors.torch import save_file
 
 import tokenizer as tokenizers
-from mim import build, frozen_networks, stopping, train
+from mim import build, frozen_networks, train
 from mim.config import ConfigError, to_yaml
 from mim.data import stream
+from mim.watch import stopping
 
 TOKENIZER = {
     "name": "vqkd",

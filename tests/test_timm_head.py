@@ -9,10 +9,10 @@ import torch
 from broken_export import alter, break_after_writing
 from timm.data import resolve_model_data_config
 
-from mim import inference
 from mim.config import ConfigError
 from mim.contracts import ExportError
 from mim.exports import timm as target
+from mim.handover import inference
 from mim.objectives import classify
 
 ENCODERS = {

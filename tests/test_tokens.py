@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from click.testing import CliRunner
 
 import tokenizer as tokenizers
-from mim import build, dry_run, make_tokens, stopping, train
+from mim import build, dry_run, make_tokens, train
 from mim.__main__ import cli
 from mim.config import ConfigError, to_yaml
 from mim.contracts import DataError
@@ -26,6 +26,7 @@ from mim.data.parts import parse_part
 from mim.data.shards import Dataset
 from mim.data.tokens import LOCK, TokenCache, code_dtype, missing
 from mim.evals import reconstruction
+from mim.watch import stopping
 from tests import damage
 from tests.conftest import TINY
 from tests.killed import kill_when

@@ -11,10 +11,11 @@ import time
 import pytest
 from PIL import Image
 
-from mim import stopping, trackers
+from mim import trackers
 from mim.config import ConfigError
 from mim.log import RunLog
 from mim.tracker_kinds import KINDS, Kind, flat
+from mim.watch import stopping
 from tests.test_train import dataset, lines, recipe, run, tensors, uninterrupted  # noqa: F401  (fixtures)
 
 EVALS = ["evals.reconstruction.every=3 steps"]

@@ -15,10 +15,12 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 
-from mim import build, checkpoint, lease, save_stages, stopping, train
+from mim import build, train
 from mim.config import ConfigError, to_yaml
 from mim.contracts import StorageError
 from mim.data.make import make
+from mim.saving import checkpoint, lease, save_stages
+from mim.watch import stopping
 
 STEPS = 7
 TOKENIZERS = {

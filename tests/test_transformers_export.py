@@ -11,10 +11,12 @@ from conftest import shaken
 from PIL import Image
 from safetensors.torch import load_file
 
-from mim import build, export_folder, hf_layouts, weights
+from mim import build
 from mim.config import ConfigError
 from mim.contracts import ExportError, LoadedRun
 from mim.exports import transformers as target
+from mim.handover import export_folder, hf_layouts
+from mim.pretrained import weights
 
 pytest.importorskip("transformers")
 import transformers

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mim.trends import thinned, trend
+from mim.health.trends import thinned, trend
 
 
 def test_a_line_without_noise_has_its_slope_and_no_error():

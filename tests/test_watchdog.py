@@ -3,9 +3,9 @@
 import pytest
 import torch.distributed as dist
 
-from mim import watchdog
-from mim.board import Board
-from mim.watchdog import Beat, Look, Watchdog, blame
+from mim.watch import watchdog
+from mim.watch.board import Board
+from mim.watch.watchdog import Beat, Look, Watchdog, blame
 
 
 def looks(*beats):

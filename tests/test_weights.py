@@ -16,11 +16,14 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from mim import build, checkpoint, config, layouts, stopping, train, weight_files, weights
+from mim import build, config, train
 from mim.config import ConfigError, to_yaml
 from mim.data.shards import Dataset
 from mim.encoders import beit, vit
 from mim.patches import sincos_positions
+from mim.pretrained import layouts, weight_files, weights
+from mim.saving import checkpoint
+from mim.watch import stopping
 
 OURS = {"model": "vit_tiny_patch16_224", "width": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
 

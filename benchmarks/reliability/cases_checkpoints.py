@@ -16,7 +16,7 @@ from benchmarks.reliability.cases_saves import ordered
 from benchmarks.reliability.fixtures import flip
 from benchmarks.reliability.training import Training, resumed_at, was
 from benchmarks.reliability.verdicts import HANG, LOUD, PASS, SILENT, SKIPPED, Verdict, joined, last_line, refused
-from mim.checkpoint import list_checkpoints, step_of, verify
+from mim.saving.checkpoint import list_checkpoints, step_of, verify
 
 BITS = 60  # flipped in each checkpoint
 KILLED = 10  # step before which a run is killed; a save may have been in flight

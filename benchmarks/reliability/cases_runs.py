@@ -14,7 +14,7 @@ from benchmarks.reliability.fixtures import fixture
 from benchmarks.reliability.training import EVERY, STEPS, Training, difference, kinds, resumed_at, was
 from benchmarks.reliability.trials import Result
 from benchmarks.reliability.verdicts import HANG, LOUD, PASS, SILENT, Verdict, joined, last_line, refused
-from mim.checkpoint import list_checkpoints, step_of, verify
+from mim.saving.checkpoint import list_checkpoints, step_of, verify
 
 KILLS = 20  # at random times
 STOPPED = 75  # exit code

@@ -15,8 +15,8 @@ from benchmarks.reliability.cases_runs import stopped, trainings
 from benchmarks.reliability.training import EVERY, Training, log, resumed_at, saved, tensors, was
 from benchmarks.reliability.trials import Result
 from benchmarks.reliability.verdicts import HANG, LOUD, PASS, SILENT, SKIPPED, Verdict, ended, joined, last_line
-from mim.checkpoint import list_checkpoints, step_of, verify
-from mim.save_stages import STAGES
+from mim.saving.checkpoint import list_checkpoints, step_of, verify
+from mim.saving.save_stages import STAGES
 
 THIRD = 3  # save: the first one that deletes an older checkpoint
 STORAGE = 74  # exit code

@@ -22,7 +22,7 @@ from benchmarks.reliability.cases_hostile import MEMORY, Harm, unharmed
 from benchmarks.reliability.training import Training, saved_tokenizer
 from benchmarks.reliability.trials import Result
 from benchmarks.reliability.verdicts import LOUD, PASS, SKIPPED, Verdict, joined, refused
-from mim.checkpoint import verify
+from mim.saving.checkpoint import verify
 
 HUGE = 1 << 60
 

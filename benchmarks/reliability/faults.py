@@ -3,7 +3,7 @@
 A fault is a dict:
 
     at      "step"    before micro-batch `micro` of step `step`
-            "stage"   when the `save`-th save (from 1) reaches the stage `stage` (mim.save_stages)
+            "stage"   when the `save`-th save (from 1) reaches the stage `stage` (mim.saving.save_stages)
             "write"   before the `number`-th operation (from 1) on files under `folder` that changes them: opening to
                       write, fsync, rename, mkdir, remove; counted from the `save`-th save on
             "count"   never; the operations are counted, and their names are events

@@ -29,8 +29,8 @@ from safetensors.torch import save_file
 
 import mim.train
 from benchmarks.reliability.faults import Fault
-from mim import save_stages
 from mim.__main__ import main
+from mim.saving import save_stages
 
 Emit = Callable[[list[Any], dict[str, Any]], None]
 

@@ -22,8 +22,8 @@ import tokenizer as tokenizers
 from benchmarks.reliability.bench import OURS, Bench, fired
 from benchmarks.reliability.trials import Result
 from benchmarks.reliability.verdicts import PASS, SILENT, Verdict, ended
-from mim.checkpoint import list_checkpoints, verify
 from mim.config import to_yaml
+from mim.saving.checkpoint import list_checkpoints, verify
 from tokenizer import dvae
 
 KINDS = ("vqkd", "dvae", "beit", "mae")  # a tokenizer with a codebook, one without, and the two that need none of ours

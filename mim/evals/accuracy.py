@@ -21,8 +21,8 @@ from mim.config import ConfigError
 from mim.contracts import Batch, LoadedRun, NamedValues
 from mim.data import stages, stream
 from mim.data.mixture import AnyDataset
-from mim.features import labelled_data
 from mim.log import Pace
+from mim.probing.features import labelled_data
 
 TOP = 5
 MAX_WORKERS = 16  # loader processes of a rank on a GPU; on a CPU they would share it with the encoder

@@ -18,12 +18,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mim.attention_maps import attention_maps, kept_mass, layer_of, rollout
 from mim.config import ConfigError
 from mim.contracts import LoadedRun, NamedValues
-from mim.drawing import heat, picture, spread, stack, table
+from mim.health.attention_maps import attention_maps, kept_mass, layer_of, rollout
 from mim.log import Pace
-from mim.subjects import Subject, at_size, subjects
+from mim.pictures.drawing import heat, picture, spread, stack, table
+from mim.pictures.subjects import Subject, at_size, subjects
 
 ARGUMENTS = ("images...",)  # may be given by their place
 COLUMNS = 8  # maps beside each other

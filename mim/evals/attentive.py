@@ -19,11 +19,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from mim import build, sweep
+from mim import build
 from mim.config import ConfigError
 from mim.contracts import LoadedRun, NamedValues
-from mim.features import Wanted
-from mim.probes import labelled_samples
+from mim.probing import sweep
+from mim.probing.features import Wanted
+from mim.probing.probes import labelled_samples
 
 
 @dataclass

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mim import build, codes
+from mim import build
 from mim.config import ConfigError
 from mim.contracts import Batch, LoadedRun, NamedValues
 from mim.data.mixture import AnyDataset
-from mim.features import Split, ridge_accuracy
 from mim.log import say
+from mim.probing import codes
+from mim.probing.features import Split, ridge_accuracy
 from tokenizer.card import verdict
 from tokenizer.quantize import code_counts, dead, images_of, perplexity, usage
 

@@ -12,12 +12,12 @@ from functools import partial
 
 import torch
 
-from mim.attention_maps import attention_maps, mean_distance
 from mim.config import ConfigError
 from mim.contracts import LoadedRun, NamedValues
-from mim.drawing import scatter
+from mim.health.attention_maps import attention_maps, mean_distance
 from mim.log import Pace
-from mim.subjects import at_size, subjects
+from mim.pictures.drawing import scatter
+from mim.pictures.subjects import at_size, subjects
 
 ARGUMENTS = ("images...",)  # may be given by their place
 

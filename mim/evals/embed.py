@@ -17,15 +17,16 @@ from typing import Any
 import timm
 import torch
 
-from mim import __version__, bank_writer, build, config, judged, ranks
-from mim.bank import blocks_of, fill
+from mim import __version__, build, config, ranks
 from mim.config import ConfigError, difference
 from mim.contracts import LoadedRun, NamedValues
 from mim.data import stream
 from mim.data.write import storing
-from mim.feature_cache import FeatureCache
-from mim.features import Wanted, binding, embedder
 from mim.log import say, write_json
+from mim.probing import bank_writer, judged
+from mim.probing.bank import blocks_of, fill
+from mim.probing.feature_cache import FeatureCache
+from mim.probing.features import Wanted, binding, embedder
 
 ARGUMENTS = ("data.path", "out")  # may be given by their place
 MANIFEST, WORK = "manifest.json", ".blocks"

@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mim import logistic
 from mim.config import ConfigError
 from mim.contracts import LoadedRun, NamedValues
-from mim.features import Wanted
-from mim.probes import Samples, accuracies, labelled_samples, ranks_in_class
+from mim.probing import logistic
+from mim.probing.features import Wanted
+from mim.probing.probes import Samples, accuracies, labelled_samples, ranks_in_class
 
 
 @dataclass

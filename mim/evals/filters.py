@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from mim.config import ConfigError
 from mim.contracts import LoadedRun, NamedValues
-from mim.drawing import picture, table
-from mim.features import in_colour
+from mim.pictures.drawing import picture, table
+from mim.probing.features import in_colour
 
 
 @dataclass

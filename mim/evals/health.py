@@ -1,7 +1,7 @@
 """Health without labels: is something learned, and is the representation alive. docs/health.md explains each number.
 
 Everything is taken on held-out images whose views, masks and draws are named by the sample, so the numbers of two
-steps, and of two runs on the same images, can be compared. Ranks share the images as a bank does (mim/bank.py), the
+steps, and of two runs on the same images, can be compared. Ranks share the images as a bank does (probing/bank.py), the
 numbers of images are summed by `math.fsum`, which rounds once, and the rest is counted in integers: the numbers of many
 processes are those of one, bit for bit.
 """
@@ -19,18 +19,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mim import activity, baselines, build, config, frozen_networks, ranks
-from mim import feature_statistics as statistics
-from mim.attention_maps import attention_maps
-from mim.bank import extract
+from mim import build, config, frozen_networks, ranks
 from mim.config import ConfigError
 from mim.contracts import Batch, LoadedRun, NamedValues
 from mim.data import stream
 from mim.data.mixture import AnyDataset
 from mim.data.order import rng
-from mim.features import Wanted, embedder
+from mim.health import activity, baselines
+from mim.health import feature_statistics as statistics
+from mim.health.attention_maps import attention_maps
 from mim.log import Pace, say
 from mim.patches import mask_to_ids
+from mim.probing.bank import extract
+from mim.probing.features import Wanted, embedder
 from tokenizer.quantize import code_counts
 
 UNIFORM, COLLAPSED = 0.98, 0.02  # entropy of a head, as a share of the largest

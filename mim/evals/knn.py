@@ -21,8 +21,8 @@ from torch import Tensor
 from mim import ranks
 from mim.config import ConfigError
 from mim.contracts import LoadedRun, NamedValues
-from mim.features import Split, Wanted
-from mim.probes import embedded
+from mim.probing.features import Split, Wanted
+from mim.probing.probes import embedded
 
 BANK_ROWS, QUERY_ROWS = 16384, 512  # of a piece on the device
 ROWS = 2**32  # that a rank in the bank may have

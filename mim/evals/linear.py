@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mim import logistic, sweep
 from mim.config import ConfigError
 from mim.contracts import LoadedRun, NamedValues
-from mim.features import Wanted
 from mim.log import Pace, say
-from mim.probes import Samples, accuracies, choosing_part, labelled_samples
+from mim.probing import logistic, sweep
+from mim.probing.features import Wanted
+from mim.probing.probes import Samples, accuracies, choosing_part, labelled_samples
 
 
 @dataclass

@@ -28,8 +28,8 @@ from mim.contracts import IGNORE, Batch, LoadedRun, NamedValues
 from mim.data import augment, stream
 from mim.data.label_map import colours
 from mim.data.mixture import AnyDataset
-from mim.features import in_colour, sheet
 from mim.log import say
+from mim.probing.features import in_colour, sheet
 from mim.segmentation_heads import resized
 
 TABLE = 20  # classes of the table for people; the numbers of all are yielded

@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mim.attention_maps import layer_of
 from mim.config import ConfigError
 from mim.contracts import LoadedRun, NamedValues
-from mim.drawing import heat, picture, spread, table
+from mim.health.attention_maps import layer_of
 from mim.log import Pace
-from mim.subjects import Subject, at_size, subjects
+from mim.pictures.drawing import heat, picture, spread, table
+from mim.pictures.subjects import Subject, at_size, subjects
 
 ARGUMENTS = ("images...",)  # may be given by their place
 FOREGROUNDS = ("inner", "positive", "negative")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mim.config import ConfigError
 from mim.contracts import LoadedRun, NamedValues
-from mim.drawing import SIGNED, heat, picture, table
+from mim.pictures.drawing import SIGNED, heat, picture, table
 
 SPECIAL = 3  # last entries of BEiT's table: class token to patches, patches to it, and to itself
 

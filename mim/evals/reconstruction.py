@@ -25,10 +25,10 @@ from mim import config, frozen_networks
 from mim.config import ConfigError
 from mim.contracts import Batch, LoadedRun, NamedValues
 from mim.data.order import rng
-from mim.drawing import Animation, picture, table
-from mim.features import in_colour
-from mim.subjects import subjects
-from mim.unmasking import ORDERS, fitted, pixels_of, unmask
+from mim.pictures.drawing import Animation, picture, table
+from mim.pictures.subjects import subjects
+from mim.pictures.unmasking import ORDERS, fitted, pixels_of, unmask
+from mim.probing.features import in_colour
 
 ARGUMENTS = ("images...",)  # may be given by their place
 HIDDEN = 0.5  # gray of a masked patch

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mim.contracts import LoadedRun, NamedValues
-from mim.features import Wanted, banks, ridge_accuracy
+from mim.probing.features import Wanted, banks, ridge_accuracy
 
 
 @dataclass

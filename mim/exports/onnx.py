@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mim import inference
 from mim.contracts import ExportError, LoadedRun
-from mim.export_folder import Terms, Written, check_names, export_folder, largest_difference, require
+from mim.handover import inference
+from mim.handover.export_folder import Terms, Written, check_names, export_folder, largest_difference, require
 
 FILE = "model.onnx"
 TOLERANCE = 1e-4  # ONNX Runtime adds in another order, and has its own approximations of GELU and softmax

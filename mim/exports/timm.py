@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mim import timm_head
 from mim.contracts import LoadedRun
-from mim.export_folder import Terms, Written, export_folder
-from mim.timm_folder import compare, write
+from mim.handover import timm_head
+from mim.handover.export_folder import Terms, Written, export_folder
+from mim.handover.timm_folder import compare, write
 
 FOLDED = 1e-5  # of logits, where a norm was folded into the linear layer
 USAGE = """```python

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mim import inference
 from mim.contracts import ExportError, LoadedRun
-from mim.export_folder import Terms, Written, check_tensors, export_folder, largest_difference
+from mim.handover import inference
+from mim.handover.export_folder import Terms, Written, check_tensors, export_folder, largest_difference
 
 FILE = "model.pt2"
 TOLERANCE = 1e-6

@@ -1,11 +1,11 @@
 """Export to transformers: a folder that `AutoModel` and `AutoImageProcessor` load, as a native class where one fits.
 
-`kind` is the class. A native one (`mim/hf_layouts.py`) is what heads and detectors of transformers are built on, and
-needs no timm; `timm_wrapper` is timm's own module inside transformers and takes every encoder. A classify run keeps its
-head and is read by `AutoModelForImageClassification`. The folder is read back through transformers, offline: every
-tensor must find its place bit for bit, the configuration must be the one that was written, pixels must be normalised as
-in training, and all tokens of a fixed batch must be the run's. Both sides then use the same attention kernel, so that
-the model is compared and not the rounding of two kernels.
+`kind` is the class. A native one (`mim/handover/hf_layouts.py`) is what heads and detectors of transformers are built
+on, and needs no timm; `timm_wrapper` is timm's own module inside transformers and takes every encoder. A classify run
+keeps its head and is read by `AutoModelForImageClassification`. The folder is read back through transformers, offline:
+every tensor must find its place bit for bit, the configuration must be the one that was written, pixels must be
+normalised as in training, and all tokens of a fixed batch must be the run's. Both sides then use the same attention
+kernel, so that the model is compared and not the rounding of two kernels.
 """
 
 from __future__ import annotations
@@ -22,13 +22,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mim import hf_head, hf_layouts, hf_processor, timm_folder, timm_head
 from mim.config import ConfigError
 from mim.contracts import ExportError, LoadedRun
-from mim.export_folder import Terms, Written, check_tensors, export_folder, features, fixed_batch, largest_difference
-from mim.export_folder import require as require_installed
-from mim.hf_layouts import Native, Unfit
-from mim.weights import backbone_of
+from mim.handover import hf_head, hf_layouts, hf_processor, timm_folder, timm_head
+from mim.handover.export_folder import (
+    Terms,
+    Written,
+    check_tensors,
+    export_folder,
+    features,
+    fixed_batch,
+    largest_difference,
+)
+from mim.handover.export_folder import require as require_installed
+from mim.handover.hf_layouts import Native, Unfit
+from mim.pretrained.weights import backbone_of
 
 WRAPPER = "timm_wrapper"
 KINDS = ("auto", WRAPPER, *hf_layouts.KINDS)

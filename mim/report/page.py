@@ -15,7 +15,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from mim.advice import Advice, advise
+from mim.health.advice import Advice, advise
 from mim.report import facts, panels, pictures, words
 from mim.report.charts import Table
 from mim.report.runs import Run, read

@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from mim.checkpoint import list_checkpoints, step_of
 from mim.config import ConfigError
+from mim.saving.checkpoint import list_checkpoints, step_of
 
 FILES = ("config.yaml", "log.jsonl", "status.json")  # one of them makes a folder a run
 PICTURE = re.compile(r"(?P<name>.+)-(?P<step>\d{8,})\.(png|gif)")  # mim/looking.py

@@ -1,0 +1,1 @@
+"""Pictures: what they are of, and how they are drawn."""

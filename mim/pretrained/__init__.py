@@ -1,0 +1,1 @@
+"""Weights that others made or another run left: files, layouts, resampled positions."""

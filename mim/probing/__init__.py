@@ -1,0 +1,1 @@
+"""Frozen features of labelled and unlabelled samples, and the probes fitted to them."""

@@ -1,0 +1,1 @@
+"""The run directory: checkpoints written, kept, verified and resumed from."""
