@@ -2,8 +2,8 @@
 
 Operations and bytes are counted (mim/planning/footprint.py, spread.py); rates, memory and power are data sheets'
 (mim/planning/devices.py); which share of the peak a training uses is assumed (mim/planning/utilization.py), given
-(`mfu`) or measured by real steps on this machine (mim/rehearsal.py). `mim train --dry-run` checks a recipe as a training
-here would; this looks at no data unless its size is needed, and at hardware that need not be here.
+(`mfu`) or measured by real steps on this machine (mim/rehearsal.py). `mim train --dry-run` checks a recipe as a
+training here would; this looks at no data unless its size is needed, and at hardware that need not be here.
 """
 
 from __future__ import annotations
