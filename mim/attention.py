@@ -10,6 +10,8 @@ Every attention of timm has both ways and a switch, `fused_attn`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -18,7 +20,7 @@ def unfuse(network: nn.Module, device: torch.device, precision: str) -> int:
     """Let a network's attentions take three steps where that is faster: on CPUs in bf16. Returns how many do."""
     if device.type != "cpu" or precision != "bf16":
         return 0
-    found = [module for module in network.modules() if getattr(module, "fused_attn", False)]
+    found: list[Any] = [module for module in network.modules() if getattr(module, "fused_attn", False)]
     for module in found:
         module.fused_attn = False
     return len(found)
