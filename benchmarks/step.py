@@ -158,7 +158,10 @@ def malloc(rows: int, size: str, count: int, job: str = "mae-bf16") -> rounds.Se
     for warm_up in variants.values():
         warm_up()
         warm_up()
-    return rounds.interleaved(variants, count, tell=rounds.say)
+    found = rounds.interleaved(variants, count, tell=rounds.say)
+    for pipe in pipes.values():
+        pipe.send(False)
+    return found
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ def measured(recipe):
 
 def encoder_flops(tokens):
     """(forward, backward) of the tiny ViT: a product forward is two backward, attention backward two and a half."""
-    stem = 2 * PATCHES * (PATCH * PATCH * 3) * WIDTH
+    stem = 2 * min(tokens - 1, PATCHES) * (PATCH * PATCH * 3) * WIDTH
     linear = DEPTH * 2 * tokens * 12 * WIDTH**2
     attention = DEPTH * 2 * 2 * tokens**2 * WIDTH
     return stem + linear + attention, stem + 2 * linear + 2.5 * attention  # no gradient of the image
@@ -152,7 +152,8 @@ def test_activations_grow_with_the_micro_batch_and_weights_do_not(measured):
 
 def test_gradients_live_through_the_next_micro_batch(measured):
     one, two = measured(rows=32), measured(rows=32, micro_batches=2)
-    assert one.peak < two.peak <= one.peak + two.weights["gradients"]
+    stem = 4 * (PATCH * PATCH * 3) * WIDTH  # its gradient, once more in the order of its convolution
+    assert one.peak < two.peak <= one.peak + two.weights["gradients"] + stem
 
 
 def test_weights_are_counted_with_what_the_optimizer_keeps(measured, recipe):

@@ -153,9 +153,9 @@ def test_an_encoder_of_stride_32_predicts_squares_of_32_pixels():
         def normalize(self, images):
             return images * 2 - 1
 
-        def forward(self, images, *, mask, mask_token):
+        def forward(self, images, *, mask, mask_token, ids_read):
             x = self.cells(self.normalize(images)).flatten(2).transpose(1, 2)
-            return Features(x[:, :0], torch.where(mask.unsqueeze(-1), mask_token, x))
+            return Features(x[:, :0], gather(torch.where(mask.unsqueeze(-1), mask_token, x), ids_read))
 
     objective = simmim.build(Pyramid(), simmim.Config())
     assert objective.head.out_features == 32 * 32 * 3
