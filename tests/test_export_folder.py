@@ -89,7 +89,8 @@ def test_a_kill_leaves_nothing_under_the_name_and_the_next_export_clears_the_res
     script = f"""
         import os, signal
         from pathlib import Path
-        from mim import __main__, build, export_folder
+        from mim import __main__, build
+        from mim.handover import export_folder
         with export_folder._aside(Path({str(tmp_path / "out")!r})) as folder:
             (folder / "half.bin").write_bytes(b"1")
             os.kill(os.getpid(), signal.SIGKILL)

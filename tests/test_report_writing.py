@@ -1,6 +1,7 @@
 """RUN/report.html, which a training writes by itself."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 
@@ -43,7 +44,7 @@ def test_a_page_that_took_long_is_not_written_again_soon(monkeypatch):
         pages.append(now[0])
 
     monkeypatch.setattr("mim.report.writing.save", slow)
-    writing = Writing(None)
+    writing = Writing(Path("run"))
     for step in range(400):
         now[0] += 1.0
         writing.tell({"event": "eval" if step % 10 == 0 else "train", "step": step})

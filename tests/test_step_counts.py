@@ -189,10 +189,10 @@ def linear(rows, *sizes):
     return 3 * 2 * rows * sum(sizes)
 
 
-def test_mae_computes_the_visible_patches_in_the_encoder_and_the_masked_ones_in_the_head():
+def test_mae_embeds_and_encodes_the_visible_patches_and_predicts_the_masked_ones():
     options = TINY["mae"]
     width, visible, pixels = options["decoder_width"], PATCHES // 2, 3 * PATCH**2
-    stem = 2 * 2 * PATCHES * pixels * WIDTH  # no gradient of the image
+    stem = 2 * 2 * visible * pixels * WIDTH  # no gradient of the image
     encoder = linear(1 + visible, DEPTH * 12 * WIDTH**2)
     decoder = linear(1 + visible, WIDTH * width) + linear(1 + PATCHES, options["decoder_depth"] * 12 * width**2)
     head = linear(PATCHES - visible, width * pixels)
@@ -200,10 +200,10 @@ def test_mae_computes_the_visible_patches_in_the_encoder_and_the_masked_ones_in_
 
 
 @pytest.mark.parametrize(("objective", "outputs"), [("beit", 16), ("simmim", 3 * PATCH**2)])
-def test_a_head_computes_the_masked_positions_alone(objective, outputs):
+def test_the_last_mlp_and_the_head_compute_the_masked_positions_alone(objective, outputs):
     masked = PATCHES // 2
     stem = 2 * 2 * PATCHES * 3 * PATCH**2 * WIDTH
-    encoder = linear(1 + PATCHES, DEPTH * 12 * WIDTH**2)
+    encoder = linear(1 + PATCHES, (12 * DEPTH - 8) * WIDTH**2) + linear(1 + masked, 8 * WIDTH**2)
     assert products(an_objective(objective).train(), a_batch()) == stem + encoder + linear(masked, WIDTH * outputs)
 
 
