@@ -77,8 +77,8 @@ def _table(loaded: LoadedRun, cfg: Config, batch: Batch) -> Image.Image:
         hidden = pixels_of(masked["mask"], loaded.encoder.grid(images.shape[-2:]), images)
         columns += [torch.where(hidden, HIDDEN, images), pred, torch.where(hidden, pred, images)]
         heads += [f"visible {label}", "prediction", "in place"]
-    trained = loaded.config.get("objective") or loaded.config["tokenizer"]  # of an imported tokenizer there is no more
-    title = f"{trained['name']}, step {loaded.step}"
+    trained = loaded.config.get("objective", {"name": "tokenizer"})["name"]  # an imported tokenizer has no recipe
+    title = f"{trained}, step {loaded.step}"
     if told:
         whose = "TRUE mean and variance of masked patches" if cfg.true_statistics else "brightness from visible patches"
         title = f"{title}; {whose}"
