@@ -12,10 +12,12 @@ import sys
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 NEVER = -1  # mallopt(3)
-LARGEST = 2**30  # bytes: what is larger still comes from the kernel
+LARGEST = (2**30, 2**25)  # bytes: what is larger still comes from the kernel; glibc before 2.35 refuses the first
 
 
 def keep_freed_memory() -> bool:
     """Ask malloc not to return memory to the kernel; False, and nothing done, where it is not glibc's."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    return mallopt is not None and bool(mallopt(M_MMAP_THRESHOLD, LARGEST) and mallopt(M_TRIM_THRESHOLD, NEVER))
+    if mallopt is None or not any(mallopt(M_MMAP_THRESHOLD, largest) for largest in LARGEST):
+        return False
+    return bool(mallopt(M_TRIM_THRESHOLD, NEVER))

@@ -86,7 +86,7 @@ class Guard:
     in_row: int = 0  # skipped steps up to the last that was read
     untold: list[int] = field(default_factory=list)  # skipped steps that the log does not have yet
     steps: deque[Step] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
-    _unread: list[Step] = field(default_factory=list)  # steps of which the host does not know how they went
+    _unread: list[tuple[int, Tensor]] = field(default_factory=list)  # steps whose outcome the host does not know yet
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state` returned."""
@@ -116,7 +116,7 @@ class Guard:
         """Note how the step went that was seen last; both are 0-d and stay on the device."""
         step = self.steps[-1]
         step.finite, step.grad_norm = finite, grad_norm
-        self._unread.append(step)
+        self._unread.append((step.number, finite))  # without its keys: a log interval may be long
 
     def skipped(self) -> list[int]:
         """The skipped steps since the last call, ascending. One host sync."""
@@ -163,11 +163,11 @@ class Guard:
         """Let the host learn how the steps went."""
         if not self._unread:
             return
-        outcomes = torch.stack([step.finite for step in self._unread if step.finite is not None]).tolist()
-        for step, finite in zip(self._unread, outcomes, strict=True):
+        numbers, outcomes = zip(*self._unread, strict=True)
+        for number, finite in zip(numbers, torch.stack(outcomes).tolist(), strict=True):
             self.in_row = 0 if finite else self.in_row + 1
             if not finite:
-                self.untold.append(step.number)
+                self.untold.append(number)
         self._unread = []
 
 

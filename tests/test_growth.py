@@ -1,14 +1,18 @@
-"""What must not grow with the entries of a dataset: the loader. Bytes and counts, no times."""
+"""What must not grow: the loader with the entries of its dataset, the loop with its steps. Bytes and counts."""
 
 import gc
+import logging
 import os
+import sys
 import tracemalloc
 from pathlib import Path
 
 import numpy as np
+import pytest
+from tiny import shapes, write_recipe
 
-from mim.data import stream
-from mim.data.mapped import MAX_MAPPED
+from mim import guard, train
+from mim.data import shards, stages, stream
 from mim.data.order import Order
 from mim.data.shards import Dataset, index_dtype
 
@@ -57,8 +61,9 @@ def test_a_dataset_of_ten_million_samples_has_no_more_objects_than_one_of_a_hund
     assert found[10_000].kept < 130 * 10_000  # bytes; the strings of its columns take 60
 
 
-def test_indices_of_any_number_of_shards_hold_no_descriptors_and_few_mappings(tmp_path):
-    num_shards = MAX_MAPPED + 50
+def test_indices_of_any_number_of_shards_hold_no_descriptors_and_few_mappings(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "MAX_MAPPED", 20)
+    num_shards = 50
     for i in range(num_shards):
         np.save(tmp_path / f"shard-{i:06d}.npy", np.full(2, i, dtype=index_dtype(["image"])))
     dataset = Dataset(tmp_path, lock_of(num_shards, count=2))
@@ -66,7 +71,7 @@ def test_indices_of_any_number_of_shards_hold_no_descriptors_and_few_mappings(tm
     assert [dataset.index(shard)["key"].tolist() for shard in range(num_shards)] == [[i, i] for i in range(num_shards)]
     assert len(os.listdir("/proc/self/fd")) == descriptors
     maps = Path("/proc/self/maps").read_text().splitlines()
-    assert sum(str(tmp_path) in line for line in maps) == MAX_MAPPED
+    assert sum(str(tmp_path) in line for line in maps) == 20
 
 
 def test_an_order_of_a_hundred_million_samples_takes_little_memory_wherever_it_begins():
@@ -105,3 +110,51 @@ def test_choosing_samples_for_an_evaluation_takes_memory_for_those_alone():
     assert chosen.tolist() == stream.evaluated(Enormous(), limit=2000).tolist()
     assert chosen.tolist() != stream.evaluated(Enormous(), limit=2000, seed=1).tolist()
     assert traced.peak < MIB
+
+
+# ---- the loop ------------------------------------------------------------------------------------
+
+
+def objects_within(*roots):
+    """How many objects can be reached from some, without types, modules and the records that pytest keeps."""
+    left_out = (type, type(sys), logging.Handler)
+    modules = {id(vars(module)) for module in list(sys.modules.values()) if hasattr(module, "__dict__")}
+    seen, ahead = {}, list(roots)
+    while ahead:
+        found = ahead.pop()
+        if id(found) not in seen and id(found) not in modules and not isinstance(found, left_out):
+            seen[id(found)] = found  # held, or another would get its id
+            ahead += gc.get_referents(found)
+    return len(seen)
+
+
+def variables_of_the_loop():
+    """Those of the `fit` that called."""
+    frame = sys._getframe()
+    while frame.f_code is not train.fit.__code__:
+        frame = frame.f_back
+    return dict(frame.f_locals)
+
+
+@pytest.fixture
+def small_windows(monkeypatch):
+    """What is remembered of a number of steps is full after 10."""
+    monkeypatch.setattr(guard, "REMEMBERED", 10)
+    monkeypatch.setattr(stages, "WINDOW", 10)
+
+
+def test_what_the_loop_remembers_does_not_grow_with_its_steps(small_windows, tmp_path):
+    path = write_recipe(tmp_path / "recipe.yaml", {"path": str(shapes(tmp_path))}, "52 steps")
+    found = {}
+
+    def stop(step):
+        if step in (26, 50):  # alike: two steps after a log and a save
+            variables = variables_of_the_loop()
+            variables["saver"].wait()
+            found[step] = objects_within(*variables.values())
+
+    options = ["optim.ema=0.9", "optim.batch_size=12", "train.guard.window=3"]
+    intervals = ["train.log_every=4 steps", "train.save_every=6 steps"]
+    train.main(path, [f"train.run={tmp_path / 'run'}", *options, *intervals], stop=stop)
+    assert found[26] > 1000
+    assert abs(found[50] - found[26]) < 12  # half an object a step

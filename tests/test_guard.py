@@ -1,13 +1,14 @@
 """What a skipped step leaves alone, and when the training has gone wrong."""
 
 import json
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
 from mim.config import ConfigError
-from mim.guard import SCALE_SEARCH, Average, Config, Guard, Held
+from mim.guard import REMEMBERED, SCALE_SEARCH, Average, Config, Guard, Held
 
 GOOD, BAD = torch.tensor(True), torch.tensor(False)
 
@@ -62,6 +63,15 @@ def test_steps_that_a_gradient_scaler_skips_to_find_its_scale_are_no_incident():
     assert watched.judge(SCALE_SEARCH + 1, None) is None
     take(watched, SCALE_SEARCH + 2, False)
     assert watched.judge(SCALE_SEARCH + 2, None).first == 1
+
+
+def test_in_a_long_log_interval_the_samples_of_few_steps_are_remembered_and_every_outcome():
+    watched = guard()
+    take(watched, 1, False)
+    first = weakref.ref(watched.steps[0])
+    take(watched, 2, *[True] * REMEMBERED)
+    assert first() is None
+    assert watched.skipped() == [1]
 
 
 # ---- spikes --------------------------------------------------------------------------------------

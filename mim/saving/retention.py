@@ -36,6 +36,10 @@ class Verifier:
             self._valid[folder] = seen
         return found
 
+    def forget(self, folder: Path) -> None:
+        """Remember nothing of a checkpoint that is deleted."""
+        self._valid.pop(folder, None)
+
 
 def pin(folder: Path) -> None:
     """Keep a checkpoint until it is unpinned."""
@@ -53,6 +57,7 @@ def pinned(folder: Path) -> bool:
 
 def prune(run: Path, *, keep: int, keep_every: int | None = None, verifier: Verifier | None = None) -> list[Path]:
     """Delete what `expendable` names; returns the folders. The caller holds the lease. Raises OSError."""
+    verifier = verifier or Verifier()
     folders = expendable(run, keep=keep, keep_every=keep_every, verifier=verifier)
     for folder in folders:
         nameless = folder.with_name(f".tmp-deleted-{folder.name}")
@@ -60,6 +65,7 @@ def prune(run: Path, *, keep: int, keep_every: int | None = None, verifier: Veri
         folder.rename(nameless)
         save_stages.reached("within-prune")
         shutil.rmtree(nameless)
+        verifier.forget(folder)
     return folders
 
 

@@ -5,8 +5,8 @@ rounds of the time without the saving over the time with it: above 1 it pays. Th
 other work beside it disturbs less than the clock. The allocator's setting holds for a whole process, so `malloc`
 compares two processes that take turns.
 
-    python -m benchmarks.step mae-bf16 --batch-size 8 --rounds 5
-    python -m benchmarks.step malloc
+    python -m benchmarks.savings mae-bf16 --batch-size 8 --rounds 5
+    python -m benchmarks.savings malloc
 """
 
 from __future__ import annotations
