@@ -72,6 +72,14 @@ def test_variants_of_one_number_share_a_chart_and_different_numbers_do_not(tmp_p
     assert sorted(name for names in charts[2:] for name in names) == [f"knn k{k}" for k in range(1, 9)]
 
 
+def test_skipped_steps_in_a_row_are_one_event(tmp_path):
+    run = write_run(tmp_path / "mae", steps=20)
+    with (run / "log.jsonl").open("a") as log:
+        log.writelines(json.dumps({"event": "skipped", "step": step}) + "\n" for step in (21, 22, 23, 25))
+    told = [event.text for event in facts.events([read(run)])[0] if event.kind == "skipped"]
+    assert [text.partition(":")[0] for text in told] == ["step 25", "steps 21 to 23"]
+
+
 def test_ticks_that_lie_close_have_different_names():
     chart = Chart("", "", [curves.of(0, "distance", [(0, 16.5601), (1, 16.5609)])])
     names = [name for _, name in chart.drawn.value_ticks]
