@@ -46,7 +46,7 @@ from mim.looking import averaged, intervals, look_through, whole
 from mim.movement import update_ratio
 from mim.planning import out_of_memory
 from mim.pretrained import weights
-from mim.report.writing import Writing
+from mim.report.writing import Writing, after_failure
 from mim.rollback import roll_back
 from mim.saving import checkpoint, lease, resume
 from mim.saving.saver import Saver
@@ -127,6 +127,8 @@ def prepare_and_fit(
     name = Path(recipe).stem
     begins = checkpoint.step_of(resumed) if resumed is not None else 0
     attendant = Attendant(board, Status(run, name, rates.total_steps, begins), patience=patience, deadline=limit)
+    if main_rank:
+        at_exit.enter_context(after_failure(run))  # status.json is written before
     at_exit.enter_context(attendant.attending())
     sharded, watch = launching.is_sharded(accelerator, cfg.train), attendant.watchdog
     at_exit.enter_context(out_of_memory.explained(cfg, dataset, sharded=sharded, where=lambda: watch.where))

@@ -25,7 +25,7 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
     ("reported", "name"),
     [
         ("Tesla V100-SXM2-32GB", "v100-32"),
-        ("NVIDIA A10G", "a10"),
+        ("NVIDIA A10", "a10"),
         ("NVIDIA A100-SXM4-40GB", "a100-40"),
         ("NVIDIA A100 80GB PCIe", "a100-pcie"),
         ("NVIDIA A100-SXM4-80GB", "a100"),
@@ -40,6 +40,18 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
 def test_what_a_driver_reports_is_recognised(reported, name):
     found = next(device for device in devices.DEVICES.values() if re.search(device.reported, reported))
     assert found.name == name
+
+
+@pytest.mark.parametrize(
+    "reported",
+    [
+        "Tesla V100-PCIE-32GB", "Tesla V100S-PCIE-32GB", "NVIDIA A10G", "NVIDIA A100-PCIE-40GB", "NVIDIA H100 NVL",
+        "NVIDIA H200 NVL", "NVIDIA GH200 480GB", "NVIDIA GB200", "NVIDIA A100-SXM4-80GB MIG 1g.10gb",
+        "NVIDIA GeForce RTX 3090 Ti",
+    ],
+)  # fmt: skip
+def test_a_relative_with_other_rates_is_not_taken_for_the_card_itself(reported):
+    assert not any(re.search(device.reported, reported) for device in devices.DEVICES.values())
 
 
 def test_rates_are_dense_and_grow_with_lower_precision():

@@ -39,9 +39,9 @@ def planned(write, capsys):
 
 
 def test_hours_follow_from_operations_rates_and_the_bytes_of_the_update(planned):
-    found = planned(Wish(gpu="h100", gpus=2, mfu=0.4), optim__length="3600 steps")
+    found = planned(Wish(gpu="h100", gpus=2, mfu=0.4), "train.micro_batches=2", optim__length="3600 steps")
     load, speed = found["memory"], found["speed"]
-    gradient = found["way"]["micro_batches"] * load["rows"] * load["flops"] / (0.4 * 989e12)
+    gradient = 8 / 2 * load["flops"] / (0.4 * 989e12)  # a step is 8 images on 2 devices, however it is split
     assert speed["seconds_per_step"] == pytest.approx(gradient + load["traffic"] / 3350e9)
     assert found["hours"] == pytest.approx(speed["seconds_per_step"])
     assert found["device_hours"] == pytest.approx(2 * found["hours"])
@@ -80,6 +80,12 @@ def test_checkpoints_are_counted_as_retention_keeps_them(planned):
     assert (disk["written"], disk["kept"]) == (10, 7)  # 75 to 95 by 10 are the newest; 20, 40, 60, 80 stay besides
     assert disk["most_bytes"] == disk["kept_bytes"] + disk["one"]
     assert disk["written_bytes"] == 10 * disk["one"]
+
+
+def test_a_checkpoint_is_as_large_whichever_number_of_devices_shares_it(planned):
+    one, shared = planned(Wish(gpu="h100")), planned(Wish(gpu="h100", gpus=8), "train.shard=true")
+    assert shared["memory"]["state"]["optimizer"] < one["memory"]["state"]["optimizer"] / 7
+    assert shared["checkpoints"]["one"] == pytest.approx(one["checkpoints"]["one"], rel=1e-3)
 
 
 def test_the_loader_needs_cores_for_the_images_of_a_device(planned):

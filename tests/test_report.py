@@ -59,6 +59,33 @@ def test_the_page_has_every_section_and_its_numbers(run):
     assert text.count('<svg viewBox="0 0 440 240"') == text.count('<details class="values"><summary>values')
 
 
+def test_variants_of_one_number_share_a_chart_and_different_numbers_do_not(tmp_path):
+    run = write_run(tmp_path / "mae", steps=20)
+    keys = ("attention_entropy", "attention_entropy_min", "dead_neurons", *(f"knn_k{k}" for k in range(1, 9)))
+    with (run / "log.jsonl").open("a") as log:
+        for step in (21, 22):
+            values = dict.fromkeys(keys, step / 100)
+            log.write(json.dumps({"event": "eval", "eval": "health", "step": step, **values}) + "\n")
+    (section,) = [one for one in panels.sections([read(run)], []) if one.key == "health"]
+    charts = [[curve.name for curve in chart.curves] for chart in section.charts]
+    assert charts[:2] == [["attention entropy", "attention entropy min"], ["dead neurons"]]
+    assert sorted(name for names in charts[2:] for name in names) == [f"knn k{k}" for k in range(1, 9)]
+
+
+def test_skipped_steps_in_a_row_are_one_event(tmp_path):
+    run = write_run(tmp_path / "mae", steps=20)
+    with (run / "log.jsonl").open("a") as log:
+        log.writelines(json.dumps({"event": "skipped", "step": step}) + "\n" for step in (21, 22, 23, 25))
+    told = [event.text for event in facts.events([read(run)])[0] if event.kind == "skipped"]
+    assert [text.partition(":")[0] for text in told] == ["step 25", "steps 21 to 23"]
+
+
+def test_ticks_that_lie_close_have_different_names():
+    chart = Chart("", "", [curves.of(0, "distance", [(0, 16.5601), (1, 16.5609)])])
+    names = [name for _, name in chart.drawn.value_ticks]
+    assert len(set(names)) == len(names) > 2
+
+
 def test_a_log_of_10000_lines_makes_a_page_below_3_mb(tmp_path):
     text = page([write_run(tmp_path / "long", log_every=1, picture_every=1000)])
     assert len(text.encode()) < 3_000_000

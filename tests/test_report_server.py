@@ -40,6 +40,14 @@ def test_it_shows_the_page_and_tells_when_nothing_changed(viewer):
     assert b"0.1235" in content
 
 
+def test_a_run_that_fell_silent_is_told_without_a_change_of_its_files(viewer, monkeypatch):
+    _, version = viewer.current()
+    monkeypatch.setattr("mim.report.server.STALE", 1e-6)
+    monkeypatch.setattr("mim.report.server.page", lambda runs, live: "silent for 2 h")
+    assert viewer.current()[0] == b"silent for 2 h"
+    assert viewer.current()[1] != version
+
+
 def test_it_listens_on_this_machine_alone(viewer):
     assert viewer.server_address[0] == "127.0.0.1"
 

@@ -135,7 +135,11 @@ class Drawn:
     def value_ticks(self) -> list[tuple[float, str]]:
         """Places and names of the ticks of the value axis."""
         make: Callable[..., list[float]] = ticks.logarithmic if self.log else ticks.linear
-        return [(self.y(value), self.chart.value(value)) for value in make(self.low, self.high, most=5)]
+        values = make(self.low, self.high, most=5)
+        names = [self.chart.value(value) for value in values]
+        if len(set(names)) < len(names):  # four digits do not tell them apart
+            names = [f"{100 * value:.7g} %" if self.chart.percent else f"{value:.7g}" for value in values]
+        return [(self.y(value), name) for value, name in zip(values, names, strict=True)]
 
     @property
     def hover(self) -> dict[str, Any]:

@@ -98,7 +98,7 @@
         }
         version = answer.headers.get("ETag");
       }
-      document.documentElement.classList.remove("lost");
+      document.documentElement.classList.toggle("lost", answer.status >= 400);
     } catch { document.documentElement.classList.add("lost"); }
     setTimeout(refresh, 5000);
   }

@@ -25,6 +25,7 @@ ELSEWHERE = (
     *(f"baseline_{k}{end}" for k in BASELINES for end in ("", "_accuracy")),
 )
 OF_LINE = ("event", "step", "eval", "protocol", "rollback")  # of an eval line: what is no result
+COLOURS = 6  # of page.css: curves that a chart can tell apart
 LOG_SCALES = ("loss", "grad_norm", "lr", "update_ratio", "kl", "recon_mse", "perplexity")
 
 
@@ -46,7 +47,7 @@ class Newest:
     run: int
     evaluation: str
     step: int
-    rows: list[tuple[str, str, str, str]]  # name, newest value, best so far with its step, what it means
+    rows: list[tuple[str, str, str, str]]  # name, newest value, first with its step, what it means
     details: list[tuple[str, str]]  # numbers per class or layer
 
 
@@ -118,25 +119,30 @@ def _trained(runs: list[Run], letters: list[str], key: str) -> Chart:
 def _evaluated(
     runs: list[Run], letters: list[str], names: list[str], key: str, title: str, says: str
 ) -> Section:  # fmt: skip
-    """The charts and tables of some evaluations: one chart for the shares of each, one for every other number."""
+    """The charts and tables of some evaluations: a chart of each number, with its variants where there is one run."""
     section = Section(key, title, says)
     for name in names:
         keys = list(
             dict.fromkeys(k for run in runs for line in run.events("eval") if line.get("eval") == name for k in line)
         )
         keys = [k for k in keys if "/" not in k and k not in OF_LINE]
-        shares = [k for k in keys if words.is_share(k)]
         keys = [k for k in keys if not (name == "health" and k in ELSEWHERE)]
-        shares = [k for k in shares if k in keys]
-        groups = [shares[:6]] if len(shares) > 1 and not letters else [[k] for k in shares]
-        for group in [*filter(None, groups), *([k] for k in keys if k not in shares)]:
+        for group in [[k] for k in keys] if letters else _alike(keys):
             found = [c for k in group for c in curves.logged(runs, "eval", k, words.title(k), evaluation=name)]
-            heading = words.title(group[0]) if len(group) == 1 else name
-            chart = Chart(heading, words.meaning(group[0]), found, letters, percent=group[0] in shares)
+            heading, share = words.title(group[0]), words.is_share(group[0])
+            chart = Chart(heading, words.meaning(group[0]), found, letters, percent=share)
             if max((len(curve) for curve in found), default=0) > 1:
                 section.charts.append(chart)
         section.newest += filter(None, (_newest(i, run, name) for i, run in enumerate(runs)))
     return section
+
+
+def _alike(keys: list[str]) -> list[list[str]]:
+    """Variants of one number (mean, smallest, largest; several k), which share a chart, at most COLOURS of them."""
+    groups: dict[tuple[str, bool], list[str]] = {}
+    for key in keys:
+        groups.setdefault((words.meaning(key) or key, words.is_share(key)), []).append(key)
+    return [group[i : i + COLOURS] for group in groups.values() for i in range(0, len(group), COLOURS)]
 
 
 def _newest(index: int, run: Run, evaluation: str) -> Newest | None:
@@ -146,13 +152,15 @@ def _newest(index: int, run: Run, evaluation: str) -> Newest | None:
     if not known:
         return None
     shown = {k: Chart("", "", [], percent=words.is_share(k)).value for k in known}
-    rows = []
+    rows: list[tuple[str, str, str, str]] = []
+    said = ""
     for key, value in known.items():
         if "/" in key:
             continue
-        before = [(number(line.get(key)), line["step"]) for line in lines[:-1]]
-        first = next((f"{shown[key](old)} at step {step:,}" for old, step in before if old is not None), "")
-        rows.append((words.title(key), shown[key](value), first, words.meaning(key)))
+        earlier = [(number(line.get(key)), line["step"]) for line in lines[:-1]]
+        first = next((f"{shown[key](old)} at step {step:,}" for old, step in earlier if old is not None), "")
+        before, said = said, words.meaning(key)
+        rows.append((words.title(key), shown[key](value), first, said if said != before else ""))
     details = [(key, shown[key](value)) for key, value in known.items() if "/" in key]
     return Newest(index, evaluation, int(lines[-1]["step"]), rows, details)
 

@@ -8,16 +8,20 @@ must be the address itself.
 from __future__ import annotations
 
 import hashlib
+import sys
 import threading
+import time
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 from mim.report.page import page
 from mim.report.runs import FILES
 
 ADDRESS = "127.0.0.1"
 SECONDS = 10  # that a browser may take for its request
+STALE = 600  # seconds after which a page is made anew though no file changed: it tells how long a run is silent
 
 
 class Viewer(ThreadingHTTPServer):
@@ -38,11 +42,17 @@ class Viewer(ThreadingHTTPServer):
     def current(self) -> tuple[bytes, str]:
         """The page, and its version. Raises ConfigError when a run directory is gone."""
         with self._lock:
-            seen = tuple(_seen(run / name) for run in self.runs for name in (*FILES, "journal.jsonl", "pictures"))
+            files = (*FILES, "journal.jsonl", "pictures")
+            seen = (time.time() // STALE, *(_seen(run / name) for run in self.runs for name in files))
             if self._made is None or self._made[0] != seen:
                 text = page(self.runs, live=True).encode()
                 self._made = seen, text, f'"{hashlib.sha256(text).hexdigest()[:32]}"'
             return self._made[1:]
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a browser that went away before it had its answer."""
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""RUN/report.html while a run goes on: written anew after its evaluations and at its end, by the main rank.
+"""RUN/report.html while a run goes on: written by the main rank after evaluations, at its end and when it fails.
 
 It follows the run log (mim/log.py). Writing takes at most one part in a hundred of the time of a run: after a page that
 took a second, the next one waits for at least a hundred. A page that cannot be written costs one line and ends nothing.
@@ -6,11 +6,14 @@ took a second, the next one waits for at least a hundred. A page that cannot be 
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mim.log import aside, say
+from mim.log import say
 from mim.report.page import page
 
 SHARE = 0.01  # of the time of a run that may go into its report
@@ -48,8 +51,25 @@ class Writing:
         self._due, self._stale = ended + (ended - began) / SHARE, False
 
 
+@contextlib.contextmanager
+def after_failure(run: Path) -> Iterator[None]:
+    """Write the page once more when the block fails: the last one was written while the run still ran."""
+    try:
+        yield
+    except Exception:
+        Writing(run).close()
+        raise
+
+
 def save(runs: list[Path], out: Path) -> None:
-    """Write the report of some runs to a file, which is whole at every moment."""
+    """Write the report of some runs to a file, which is whole at every moment.
+
+    A training and `mim report` may write the same one at the same time, so each process writes a file of its own aside.
+    """
     text = page(runs)
-    with aside(out) as file:
-        file.write(text)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(out)
+    finally:
+        temporary.unlink(missing_ok=True)
