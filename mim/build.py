@@ -367,7 +367,8 @@ def load_tokenizer(folder: Path, data: dict[str, Any]) -> LoadedRun:
     objective = objective_module.build(tokenizer, objective_cfg).eval().requires_grad_(False)
     eval_view = config.bind("mim.data.augment", found.eval_view, "data.eval_view")
     views = Views(found, [image_size(found)], eval_view, eval_view, None)
-    return LoadedRun(objective, None, {}, views, {"data": config.plain(found)}, 0, folder)
+    sections = {"data": config.plain(found), "objective": {"name": "tokenize"}}
+    return LoadedRun(objective, None, {}, views, sections, 0, folder)
 
 
 # ---- token cache ---------------------------------------------------------------------------------

@@ -145,6 +145,20 @@ def test_a_gain_is_told_in_a_unit_of_time_that_the_run_has_seen(speed, gain, uni
     assert float(told.split("about ")[1].split()[0]) == pytest.approx(gain, rel=0.1)
 
 
+def test_a_loss_that_gains_is_told_as_going_down():
+    lines = log(0, 0.002, loss=lambda t: 0.9 - 0.4 * t)
+    (told,) = [advice.text for advice in advise(lines, RECIPE) if advice.rule == "still_gaining"]
+    assert told.startswith("still gaining: about -")
+    assert "training loss per" in told
+
+
+def test_images_that_are_made_between_the_steps_on_purpose_are_no_alarm_but_half_of_the_time_is():
+    in_the_loop = {**RECIPE, "train": {"workers": 0}}
+    quarter, half = log(0, 0.01, data_wait=0.25), log(0, 0.01, data_wait=0.5)
+    assert rules(quarter, in_the_loop)["data_bound"].severity == "note"
+    assert rules(quarter)["data_bound"].severity == rules(half, in_the_loop)["data_bound"].severity == "warning"
+
+
 def test_a_loss_that_is_no_number_is_divergence_at_its_step():
     lines = log(0, 0.01)
     lines[50]["loss"] = float("nan")

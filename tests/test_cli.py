@@ -496,8 +496,10 @@ def test_an_imported_tokenizer_is_measured_on_given_images_and_keeps_its_card(mi
     assert {"usage", "perplexity", "recon_mae", "probe"} <= card.keys()
     assert card.items() <= shown.items()
     assert (imported / "pictures" / "codes-00000000.png").is_file()
-    code, out, _ = mim("eval", "reconstruction", imported, f"data.path={shards}", "data.image_size=32", "num_images=2")
-    assert code == 0
+    code, out, err = mim(
+        "eval", "reconstruction", imported, f"data.path={shards}", "data.image_size=32", "num_images=2"
+    )
+    assert code == 0, err
     assert json.loads((imported / "tokenizer.json").read_text())["card"] == card
 
 

@@ -96,6 +96,15 @@ def test_features_that_are_all_alike_are_seen(loaded_run):
     assert found["uniformity"] == pytest.approx(0, abs=1e-6)
 
 
+def test_features_that_overflow_end_the_look_and_not_the_run(loaded_run, capsys):
+    loaded = loaded_run("mae")
+    loaded.encoder.final_norm.weight.data.fill_(3e38)
+    found = numbers(loaded)
+    assert "baseline_mean_patch" in found
+    assert not {"rankme", "lidar", "attention_entropy"} & found.keys()
+    assert "features of the encoder are not finite" in capsys.readouterr().err
+
+
 def test_units_that_cannot_fire_are_counted_by_block(loaded_run):
     loaded = loaded_run("mae")
     loaded.encoder.vit.blocks[1].mlp.fc1.bias.data[:32] = -1e4

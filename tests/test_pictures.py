@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.layers import gen_relative_position_index
 
 from mim import config
 from mim.__main__ import pairs
 from mim.config import ConfigError
 from mim.evals import attention, distance, filters, positions
 from mim.evals.filters import components
-from mim.evals.positions import similarities
+from mim.evals.positions import _bias_maps, similarities
 from mim.looking import write_picture
-from mim.pictures.drawing import Animation, _ticks, heat, table
+from mim.pictures.drawing import SIGNED, Animation, _ticks, heat, table
 from tests.test_cli import mim, trained  # noqa: F401  (fixtures)
 
 PICTURES = {"attention", "pca", "filters", "positions", "distance", "reconstruction"}
@@ -98,6 +99,16 @@ def test_the_encoders_positions_are_shown_as_what_they_are(loaded_run):
 def test_similar_positions_are_those_near_by():
     found = similarities(torch.eye(6).roll(1, 0) + torch.eye(6), (2, 3))
     assert torch.allclose(found[0, 1], torch.tensor([[0.5, 1, 0.5], [0, 0, 0]]), atol=1e-6)
+
+
+def test_a_bias_is_shown_where_the_patch_lies_that_is_looked_at():
+    index = gen_relative_position_index((2, 2), class_token=True)
+    values = torch.zeros(3 * 3 + 3, 1)
+    values[index[1, 2]] = 1.0  # the first patch looks at its right neighbour
+    picture = np.asarray(_bias_maps({"all blocks": (values, (2, 2))}, 9))[34:43, 4:13]
+    red = (picture == SIGNED[2]).all(axis=-1)
+    assert red[3:6, 6:].all()
+    assert red.sum() == 9
 
 
 def test_filters_of_one_pattern_have_it_as_their_first_component():

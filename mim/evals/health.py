@@ -68,8 +68,11 @@ def run(loaded: LoadedRun, cfg: Config) -> NamedValues:
     if len(stream.evaluated(dataset, limit=cfg.limit)) < 2:
         say_once(f"{dataset.path} has no two images to compare: health looks at none")
         return
-    with torch.compiler.set_stance("force_eager"):  # compiling for a few images would take longer than they do
-        yield from numbers(loaded, cfg, dataset)
+    try:
+        with torch.compiler.set_stance("force_eager"):  # compiling for a few images would take longer than they do
+            yield from numbers(loaded, cfg, dataset)
+    except FloatingPointError as error:  # the same on every rank
+        say(f"health: {error} at step {loaded.step}, so their spectra and all that follows are left out")
 
 
 def numbers(loaded: LoadedRun, cfg: Config, dataset: AnyDataset) -> NamedValues:
@@ -263,6 +266,9 @@ def attention(loaded: LoadedRun, cfg: Config, dataset: AnyDataset) -> NamedValue
 
 
 def columns(loaded: LoadedRun, dataset: AnyDataset, embed: Any, limit: int, batch_size: int) -> dict[str, Tensor]:
-    """What `embed` makes of the images, row by row on every rank, on the CPU."""
+    """What `embed` makes of the images, row by row on every rank, on the CPU. Raises FloatingPointError."""
     device = next(loaded.encoder.parameters()).device
-    return extract(dataset, loaded.views, embed, device=device, batch_size=batch_size, limit=limit).columns
+    found = extract(dataset, loaded.views, embed, device=device, batch_size=batch_size, limit=limit).columns
+    if not all(bool(column.isfinite().all()) for column in found.values()):
+        raise FloatingPointError("features of the encoder are not finite")
+    return found

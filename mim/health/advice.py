@@ -141,6 +141,9 @@ def data_bound(curves: Curves) -> list[Advice]:
     share = statistics.median(waits) if len(waits) >= 3 else 0.0
     if share < 0.1:
         return []
+    if (curves.recipe.get("train") or {}).get("workers") == 0 and share < 0.5:
+        text = f"{share:.0%} of the time goes by making images between the steps, as train.workers=0 asks for"
+        return [Advice("data_bound", "note", f"{text}; with loader processes it would be less")]
     faster = f"up to {1 / (1 - share):.1f} times as fast" if share < 0.99 else "many times as fast"
     text = f"data-bound: {share:.0%} of the time goes by waiting for images; without it the run would be {faster}"
     return [Advice("data_bound", "warning", f"{text} (mim bench data says what to change)")]
