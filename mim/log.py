@@ -212,11 +212,15 @@ class Progress:
         """Count time that the loop stood waiting for data."""
         self._waited += seconds
 
+    def looked(self, seconds: float) -> None:
+        """Leave the time of evaluations out of the rates of training."""
+        self._since += seconds
+
     def advance(self) -> None:
         self.bar.update()
 
     def rates(self, step: int) -> dict[str, float]:
-        """Images/s and the share of time spent waiting for data since the last call, and seconds left."""
+        """Images/s and the share of time spent waiting for data since the last call, and seconds left with evaluations."""
         now = time.perf_counter()
         elapsed = max(now - self._since, 1e-9)
         values = {

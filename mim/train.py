@@ -295,7 +295,9 @@ def fit(job: Job, state: dict[str, Any], saver: Saver, stop: Stop) -> int:
             incident = guard.judge(step, loss)
             if incident is not None:
                 break
+        began = time.perf_counter()
         pending = look_through(job, [name for name in cfg.evals if ending or step % every[name] == 0], step, log)
+        progress_line.looked(time.perf_counter() - began)
         at("decision", step)
         stopping = stop(step)
         if stopping and not (logging or saving):

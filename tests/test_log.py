@@ -239,6 +239,16 @@ def test_rates_are_those_since_the_last_look(monkeypatch):
     assert progress.rates(30) == {"images_per_s": 20.0, "data_wait": 0.0, "eta_s": 6.0}
 
 
+def test_the_time_of_evaluations_is_no_time_of_training(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    progress = Progress(10, 50, batch_size=8, main=True)
+    now[0] = 112.0
+    progress.looked(10.0)
+    progress.waited(0.5)
+    assert progress.rates(20) == {"images_per_s": 40.0, "data_wait": 0.25, "eta_s": 36.0}
+
+
 @pytest.mark.parametrize(("seconds", "shown"), [(0, "0:00"), (61, "1:01"), (3723, "1:02:03"), (59.6, "1:00")])
 def test_a_clock_shows_hours_only_when_there_are_any(seconds, shown):
     assert clock(seconds) == shown

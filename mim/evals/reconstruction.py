@@ -77,8 +77,7 @@ def _table(loaded: LoadedRun, cfg: Config, batch: Batch) -> Image.Image:
         hidden = pixels_of(masked["mask"], loaded.encoder.grid(images.shape[-2:]), images)
         columns += [torch.where(hidden, HIDDEN, images), pred, torch.where(hidden, pred, images)]
         heads += [f"visible {label}", "prediction", "in place"]
-    trained = loaded.config.get("objective", {"name": "tokenizer"})["name"]  # an imported tokenizer has no recipe
-    title = f"{trained}, step {loaded.step}"
+    title = f"{loaded.config['objective']['name']}, step {loaded.step}"
     if told:
         whose = "TRUE mean and variance of masked patches" if cfg.true_statistics else "brightness from visible patches"
         title = f"{title}; {whose}"
