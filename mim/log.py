@@ -220,7 +220,7 @@ class Progress:
         self.bar.update()
 
     def rates(self, step: int) -> dict[str, float]:
-        """Images/s and the share of time spent waiting for data since the last call, and seconds left with evaluations."""
+        """Images/s and the share of time spent waiting for data since the last call, and seconds left."""
         now = time.perf_counter()
         elapsed = max(now - self._since, 1e-9)
         values = {
