@@ -37,7 +37,7 @@ def test_list_shows_step_size_state_and_pins_without_hashing(a_run, monkeypatch)
     assert [line.split()[0] for line in shown[1:5]] == ["10", "20", "30", "40"]
     assert shown[1].endswith("complete")
     assert "pinned" in shown[2]
-    assert shown[3].endswith("tensors/0.safetensors is missing")
+    assert shown[3].endswith("tensors/0.safetensors is missing, which its manifest lists")
     assert shown[5].endswith("; 1 would be rejected")
     rows = json.loads(call("list", a_run, "--json").output)
     assert [row["valid"] for row in rows] == [True, True, False, True]

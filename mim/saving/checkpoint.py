@@ -137,16 +137,16 @@ def verify(
     if written_as < 1:
         return "its manifest is unreadable"
     if written_as > FORMAT:
-        return f"it has format {written_as}, newer than this program's {FORMAT}"
+        return f"its manifest has format {written_as}, newer than this program's {FORMAT}"
     for index, (name, (size, sha256)) in enumerate(sorted(files.items(), key=lambda item: -item[1][0])):
         path = folder / name
         if not path.is_file():
-            return f"{name} is missing"
+            return f"{name} is missing, which its manifest lists"
         if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+            return f"{name} has {path.stat().st_size} bytes instead of the {size} of its manifest"
         hashed = share is not None and index % share[1] == share[0]
         if hashed and _sha256(path) != sha256:
-            return f"the content of {name} does not match its hash"
+            return f"the content of {name} does not match its hash in the manifest"
         advance(size)
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
     foreign = sorted(found - files.keys() - {"manifest.json", PINNED})
