@@ -26,6 +26,7 @@ from accelerate import Accelerator
 from mim import build, config, guard, launching, optim, sharding, train
 from mim.contracts import Batch
 from mim.data import mixture
+from mim.experiment import device_name
 from mim.job import Config
 from mim.saving import checkpoint
 
@@ -79,7 +80,7 @@ def rehearse(
             kind.append(end - start)
     gradient, update, alone = (statistics.median(kind[WARM_UP:]) for kind in times)
     return Rehearsal(
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        device=device_name(device),
         rows=rows,
         steps=len(times[0]) - WARM_UP,
         gradient=gradient,

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import tokenizer as tokenizers
-from mim import build
+from mim import build, config
 from mim.contracts import LoadedRun
 from mim.data.make import make
 from mim.data.shards import Dataset
@@ -122,6 +122,22 @@ def recipe(shards, saved_tokenizer, request):
         return copy.deepcopy(found)
 
     return sections
+
+
+@pytest.fixture
+def write(recipe, tmp_path):
+    """`write(objective, section__key=value)`: the path of a tiny recipe with changes."""
+
+    def write(objective="mae", **changes):
+        sections = recipe(objective) | {"train": {"cpu": True, "workers": 0}}
+        for key, value in changes.items():
+            section, _, name = key.partition("__")
+            sections[section] = sections.get(section, {}) | ({name: value} if name else value)
+        path = tmp_path / f"{objective}.yaml"
+        path.write_text(config.to_yaml(sections))
+        return str(path)
+
+    return write
 
 
 @pytest.fixture

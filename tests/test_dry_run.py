@@ -11,22 +11,6 @@ from mim.watch import stopping
 
 
 @pytest.fixture
-def write(recipe, tmp_path):
-    """`write(objective, section__key=value)`: the path of a tiny recipe with changes."""
-
-    def write(objective="mae", **changes):
-        sections = recipe(objective) | {"train": {"cpu": True, "workers": 0}}
-        for key, value in changes.items():
-            section, _, name = key.partition("__")
-            sections[section] = sections.get(section, {}) | ({name: value} if name else value)
-        path = tmp_path / f"{objective}.yaml"
-        path.write_text(config.to_yaml(sections))
-        return str(path)
-
-    return write
-
-
-@pytest.fixture
 def planned(write, capsys):
     """`planned(objective, images=..., section__key=value)`: the plan as programs read it."""
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mim import config, plan
+from mim import plan
 from mim.config import ConfigError
 from mim.plan import Wish
 from mim.planning import devices
@@ -12,27 +12,16 @@ from mim.watch import stopping
 
 
 @pytest.fixture
-def write(recipe, tmp_path):
-    """`write(objective, section__key=value)`: the path of a tiny recipe with changes."""
-
-    def write(objective="mae", **changes):
-        sections = recipe(objective) | {"train": {"cpu": True, "workers": 0, "save_every": "10 steps"}}
-        for key, value in changes.items():
-            section, _, name = key.partition("__")
-            sections[section] |= {name: value}
-        path = tmp_path / f"{objective}.yaml"
-        path.write_text(config.to_yaml(sections))
-        return str(path)
-
-    return write
-
-
-@pytest.fixture
 def planned(write, capsys):
     """`planned(wish, *overrides, section__key=value)`: the plan as programs read it."""
 
     def run(wish, *overrides, objective="mae", **changes):
-        assert plan.main(write(objective, **changes), list(overrides), wish, as_json=True) == stopping.DONE
+        assert (
+            plan.main(
+                write(objective, **{"train__save_every": "10 steps"} | changes), list(overrides), wish, as_json=True
+            )
+            == stopping.DONE
+        )
         return json.loads(capsys.readouterr().out)
 
     return run

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mim.config import ConfigError
 from mim.contracts import LoadedRun, NamedValues
-from mim.health.attention_maps import attention_maps, kept_mass, layer_of, rollout
+from mim.health.attention_maps import attention_maps, kept_mass, named_layer, rollout
 from mim.log import Pace
 from mim.pictures.drawing import heat, picture, spread, stack, table
 from mim.pictures.subjects import Subject, at_size, subjects
@@ -49,9 +49,7 @@ def run(loaded: LoadedRun, cfg: Config) -> NamedValues:
         raise ConfigError(f"{loaded.path} trains a tokenizer, which has no attention to show; take a run of an encoder")
     if not 0 < cfg.mass <= 1:
         raise ConfigError(f"mass={cfg.mass} must be above 0 and at most 1: a share of the attention")
-    if cfg.layer == 0:
-        raise ConfigError("layer=0 does not exist: blocks are counted from 1, or from the end with negative numbers")
-    layer = layer_of(encoder, cfg.layer - 1 if cfg.layer > 0 else cfg.layer)
+    layer = named_layer(encoder, cfg.layer)
     found = subjects(loaded, cfg.images, num_images=cfg.num_images, size=cfg.size)
     pace, pictures = Pace("attention", len(found)), []
     for subject in found:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mim.config import ConfigError
 from mim.contracts import LoadedRun, NamedValues
-from mim.health.attention_maps import layer_of
+from mim.health.attention_maps import named_layer
 from mim.log import Pace
 from mim.pictures.drawing import heat, picture, spread, table
 from mim.pictures.subjects import Subject, at_size, subjects
@@ -47,9 +47,7 @@ def run(loaded: LoadedRun, cfg: Config) -> NamedValues:
         raise ConfigError(f"{loaded.path} trains a tokenizer, which has no patch features; take a run of an encoder")
     if cfg.foreground not in FOREGROUNDS:
         raise ConfigError(f"foreground={cfg.foreground!r} is unknown; choose {', '.join(FOREGROUNDS)}")
-    if cfg.layer == 0:
-        raise ConfigError("layer=0 does not exist: blocks are counted from 1, or from the end with negative numbers")
-    layer = layer_of(encoder, cfg.layer - 1 if cfg.layer > 0 else cfg.layer)
+    layer = named_layer(encoder, cfg.layer)
     found = subjects(loaded, cfg.images, num_images=cfg.num_images, size=cfg.size)
     features, grids, pace = [], [], Pace("pca", len(found))
     for subject in found:

@@ -79,6 +79,13 @@ def layer_of(encoder: Any, layer: int) -> int:
     return layer % encoder.depth
 
 
+def named_layer(encoder: Any, layer: int) -> int:
+    """The block, counted from 0, that an option names: from 1, or from the end with negative numbers."""
+    if layer == 0:
+        raise ConfigError("layer=0 does not exist: blocks are counted from 1, or from the end with negative numbers")
+    return layer_of(encoder, layer - 1 if layer > 0 else layer)
+
+
 @contextlib.contextmanager
 def explicit(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Let attention modules compute their softmax in the open while the block runs, by the forward of their class."""
