@@ -4,8 +4,10 @@ import re
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from mim import config
+from mim.commands.report import report
 from mim.job import Config
 from mim.report import facts
 from mim.report.page import page
@@ -73,3 +75,8 @@ def test_a_page_that_took_long_is_not_written_again_soon(tmp_path, monkeypatch):
         now[0] += 1.0
         writing.tell({"event": "eval" if step % 10 == 0 else "train", "step": step})
     assert np.diff(pages).min() >= 200
+
+
+def test_a_run_that_is_not_there_is_named_as_such(tmp_path):
+    told = CliRunner().invoke(report, [str(tmp_path / "none")])
+    assert "none is not a run directory" in str(told.exception)

@@ -36,7 +36,8 @@ def report(runs: tuple[Path, ...], out: Path | None, show: bool, serve: bool, po
     from mim.report.writing import save
 
     place = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
-    _check_place(place)
+    if out is not None or place.parent.is_dir():  # else it is the run that is missing, which is said when it is read
+        _check_place(place)
     save(list(runs), place)
     click.echo(place)
     if show:
